@@ -1,0 +1,183 @@
+"""Owns a whole run from what was asked for to a run directory, for the CLI and for Python alike. Prints nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnbench import environment, plan, registry, runner, store
+from attnbench.errors import ExitCode
+from attnbench.plan import Plan, Selection
+from attnbench.problem import Problem
+from attnbench.protocol import Protocol, make_protocol
+from attnbench.registry import Catalogue
+from attnbench.result import HARMLESS, Result, Status
+from attnbench.rows import SCHEMA_VERSION
+from attnbench.runner import DEFAULT_TIMEOUT_S, Observer
+from attnbench.store import RunWriter
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REPORTS = Path("reports")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run."""
+
+    path: Path
+    results: tuple[Result, ...]
+    interrupted: bool
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return ExitCode.INTERRUPTED if self.interrupted else exit_code(self.results)
+
+
+def exit_code(results: Sequence[Result]) -> ExitCode:
+    """0, 1 where something failed, 3 where nothing passed and nothing failed."""
+    if any(result.status not in HARMLESS for result in results):
+        return ExitCode.FAILED
+    return ExitCode.OK if any(r.status is Status.PASSED for r in results) else ExitCode.NOTHING_PASSED
+
+
+def execute(
+    the_plan: Plan,
+    protocol: Protocol,
+    catalogue: Catalogue,
+    observer: Observer,
+    *,
+    out: Path | None = None,
+    seed: int = 0,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Outcome:
+    """Run a plan into a new run directory. An interrupt ends it early, with what was finished.
+
+    Raises AttnbenchError where the directory cannot be written; what was finished stays in it.
+    """
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "command": environment.command(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": dataclasses.asdict(the_plan.info),
+        "suite": {"name": the_plan.suite.name, "cases": [problem.case_id for problem in the_plan.suite]},
+        "backends": [entry.name for entry in the_plan.entries],
+        "baseline": the_plan.baseline,
+        "protocol": dataclasses.asdict(protocol),
+        "seed": seed,
+        "timeout_s": timeout_s,
+        "environment": environment.fingerprint(catalogue),
+    }
+    writer = RunWriter(out or _new_directory(the_plan), header, the_plan.info)
+    interrupted = False
+    try:
+        runner.run(the_plan, protocol, writer.add, observer, seed=seed, timeout_s=timeout_s)
+    except KeyboardInterrupt:
+        interrupted = True
+    if writer.results:
+        from attnbench.report.tables import Tables
+
+        writer.finish(_report_page(header, Tables(store.load(writer.path), the_plan.baseline).render()))
+    return Outcome(writer.path, writer.results, interrupted)
+
+
+def check(the_plan: Plan, observer: Observer, *, seed: int = 0, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Result]:
+    """Check correctness alone, on every distribution of inputs; writes nothing."""
+    results: list[Result] = []
+    runner.run(the_plan, None, results.extend, observer, seed=seed, timeout_s=timeout_s)
+    return results
+
+
+def _new_directory(the_plan: Plan) -> Path:
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{the_plan.device.kind}-{the_plan.suite.name}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := REPORTS / name).exists())
+
+
+def _report_page(header: dict[str, Any], tables: str) -> str:
+    protocol = header["protocol"]
+    facts = [
+        f"# attnbench: {header['suite']['name']} on {header['device']['name']}",
+        f"`{' '.join(header['command'])}`, {header['started']}, protocol {protocol['name']}, "
+        f"{protocol['cache']} cache, seed {header['seed']}",
+    ]
+    return "\n\n".join([*facts, tables]) + "\n"
+
+
+class _Silent:
+    """An observer that tells nobody."""
+
+    def started(self, problem: Problem, index: int, total: int) -> None: ...
+
+    def ended(self, results: Sequence[Result]) -> None: ...
+
+
+def run(
+    backends: str | Sequence[str] | None = None,
+    suite: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    causal: bool | None = None,
+    protocol: str | None = None,
+    warmup: int | None = None,
+    iters: int | None = None,
+    cache: str = "hot",
+    budget_s: float | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    **shapes: Any,
+) -> pd.DataFrame:
+    """Run backends over a suite, as `attnbench run` does, and return results.csv as a DataFrame.
+
+    `backends` is a list or a comma list of names or prefixes (None: all available); `suite` a name or a TOML file;
+    `shapes` are seqlen_q, seqlen_k, head_dim, batch and heads, each a value or a list, and exclude a suite. The run
+    directory is `out`, by default a new one under reports/. The rest is as in `attnbench run --help`.
+
+    Raises AttnbenchError for what cannot be run, and KeyboardInterrupt when interrupted, after writing what was
+    finished.
+    """
+    from attnbench.report.tables import frame
+
+    catalogue = registry.discover()
+    selection = Selection(
+        backends=_comma_list(backends),
+        suite=suite,
+        device=device,
+        dtype=_comma_list(dtype),
+        causal=None if causal is None else str(causal).lower(),
+        **{name: _comma_list(value) for name, value in shapes.items()},
+    )
+    chosen = plan.make(selection, catalogue)
+    outcome = execute(
+        chosen,
+        make_protocol(protocol, warmup, iters, cache, budget_s),
+        catalogue,
+        _Silent(),
+        out=Path(out) if out else None,
+        seed=seed,
+        timeout_s=timeout_s,
+    )
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    return frame(store.load(outcome.path).rows)
+
+
+def load(path: str | Path, device_name: str | None = None) -> pd.DataFrame:
+    """A run directory, or a CSV with results.csv's first seven columns, as a DataFrame with all its columns."""
+    from attnbench.report.tables import frame
+
+    return frame(store.load(Path(path), device_name).rows)
+
+
+def _comma_list(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return ",".join(map(str, value)) if isinstance(value, Sequence) else str(value)

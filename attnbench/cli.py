@@ -1,0 +1,513 @@
+"""Owns the command line: parse, call, print. Decides nothing that the Python API does not."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from attnbench.errors import AttnbenchError, ExitCode
+
+if TYPE_CHECKING:
+    from attnbench.plan import Plan, Selection
+    from attnbench.problem import Problem
+    from attnbench.registry import Catalogue
+    from attnbench.result import Result
+
+# No rich markup: help stays fast, and no text from outside is taken for markup.
+app = typer.Typer(name="attnbench", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+cache_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Show or clear the compiled kernels.")
+app.add_typer(cache_app, name="cache")
+
+DEFAULT_FORMAT = "github"
+
+Text = Annotated[str | None, typer.Option(metavar="LIST")]
+Device = Annotated[str, typer.Option(help="auto (npu, else cuda, else cpu), cpu, cuda or npu.", metavar="NAME")]
+Backends = Annotated[
+    str | None, typer.Option(help="Names or unique prefixes, comma-separated. [default: all available]")
+]
+Skip = Annotated[str | None, typer.Option(help="Names or unique prefixes to leave out.")]
+SuiteName = Annotated[str | None, typer.Option(help="A suite's name or a file.toml. [default: pto]", metavar="SUITE")]
+SeqlenQ = Annotated[str | None, typer.Option(help="Query lengths: 128,1k.", metavar="LIST")]
+SeqlenK = Annotated[str | None, typer.Option(help="Key lengths: 1k,8k.", metavar="LIST")]
+HeadDim = Annotated[str | None, typer.Option(help="Head sizes: 64,128 or 192x128 (q and k, v).", metavar="LIST")]
+Batch = Annotated[str | None, typer.Option(help="Batch sizes.", metavar="LIST")]
+Heads = Annotated[str | None, typer.Option(help="Heads: 8 or 32x8 (query, key and value).", metavar="LIST")]
+Dtype = Annotated[str | None, typer.Option(help="fp16, bf16, fp32 or auto.", metavar="LIST")]
+Causal = Annotated[str | None, typer.Option(help="true, false or true,false.", metavar="LIST")]
+Timeout = Annotated[float, typer.Option(help="Seconds for each of prepare, check and timing of a case.")]
+Seed = Annotated[int, typer.Option(help="Seed of inputs, order and sampled rows.")]
+NoPlugin = Annotated[
+    list[str] | None, typer.Option(help="Do not load this entry point. Can be given again.", metavar="NAME")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Baseline = Annotated[
+    str | None,
+    typer.Option(help="A backend's name, or best: the fastest other one of each problem. [default: the device's]"),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also tell how every case ended.")]
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """The referee of attention kernels: proves them correct, times them side by side, prints tables to trust.
+
+    Exit codes: 0 fine; 1 something failed; 2 usage or unreadable input; 3 nothing passed; 4 a requested plugin failed
+    to load; 130 interrupted.
+    """
+
+
+@app.command("list")
+def list_backends(
+    device: Annotated[str | None, typer.Option(help="Only backends of this device.", metavar="NAME")] = None,
+    no_plugin: NoPlugin = None,
+    as_json: AsJson = False,
+) -> None:
+    """List backends: on which device, and whether this machine can run them or why not."""
+    with _data() as out:
+        catalogue = _discover(no_plugin)
+        kind = None
+        if device is not None:
+            from attnbench import devices
+
+            kind = devices.choose(device).kind
+        found = [b for b in catalogue.backends if kind in (None, b.device)]
+        if as_json:
+            fields = ("name", "device", "available", "reason", "summary")
+            _print_json(
+                out,
+                [
+                    {f: getattr(b, f) for f in fields}
+                    | {"distribution": b.source.distribution, "version": b.source.version}
+                    for b in found
+                ],
+            )
+        else:
+            rows = [
+                [
+                    b.name,
+                    b.device,
+                    "yes" if b.available else "no",
+                    f"{b.source.distribution} {b.source.version}",
+                    b.reason or b.summary,
+                ]
+                for b in found
+            ]
+            _print_table(out, ("backend", "device", "available", "from", "summary, or why not"), rows)
+        _tell_failures(catalogue)
+
+
+@app.command()
+def plugins(no_plugin: NoPlugin = None, as_json: AsJson = False) -> None:
+    """List plugins: where they come from, what they bring, and why one failed to load."""
+    with _data() as out:
+        catalogue = _discover(no_plugin)
+        if as_json:
+            _print_json(
+                out,
+                [
+                    {
+                        "distribution": p.source.distribution,
+                        "version": p.source.version,
+                        "entry_point": p.source.name,
+                        "backends": list(p.backends),
+                        "error": p.error,
+                    }
+                    for p in catalogue.plugins
+                ],
+            )
+            return
+        rows = [
+            [
+                p.source.name,
+                p.source.distribution,
+                p.source.version,
+                ", ".join(p.backends),
+                ", ".join(p.suites),
+                p.error_line or "loaded",
+            ]
+            for p in catalogue.plugins
+        ]
+        _print_table(out, ("entry point", "distribution", "version", "backends", "suites", "state"), rows)
+        for plugin in catalogue.failures:
+            _say(f"\n{plugin.source.name} of {plugin.source.distribution} {plugin.source.version}:\n{plugin.error}")
+
+
+@app.command()
+def check(
+    backends: Backends = None,
+    skip: Skip = None,
+    device: Device = "auto",
+    suite: SuiteName = None,
+    seqlen_q: SeqlenQ = None,
+    seqlen_k: SeqlenK = None,
+    head_dim: HeadDim = None,
+    batch: Batch = None,
+    heads: Heads = None,
+    dtype: Dtype = None,
+    causal: Causal = None,
+    timeout: Timeout = 120.0,
+    seed: Seed = 0,
+    no_plugin: NoPlugin = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check correctness alone, also on outliers and large logits. Nothing is timed or written."""
+    with _data() as out:
+        selection = _selection(locals())
+        catalogue, the_plan = _plan(selection, no_plugin)
+        _tell_plan(the_plan, "correctness alone")
+        from attnbench import api
+        from attnbench.report.tables import check_table
+
+        with _progress(verbose) as observer:
+            results = api.check(the_plan, observer, seed=seed, timeout_s=_positive_timeout(timeout))
+        if as_json:
+            _print_json(out, [result.to_json() for result in results])
+        else:
+            _print(out, check_table(results, DEFAULT_FORMAT))
+        _end(api.exit_code(results))
+
+
+@app.command()
+def run(
+    backends: Backends = None,
+    skip: Skip = None,
+    baseline: Baseline = None,
+    device: Device = "auto",
+    suite: SuiteName = None,
+    seqlen_q: SeqlenQ = None,
+    seqlen_k: SeqlenK = None,
+    head_dim: HeadDim = None,
+    batch: Batch = None,
+    heads: Heads = None,
+    dtype: Dtype = None,
+    causal: Causal = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="adaptive: until the intervals are narrow; fixed: warm-ups, iterations, mean. [default: adaptive]",
+            metavar="NAME",
+        ),
+    ] = None,
+    warmup: Annotated[int | None, typer.Option(help="Untimed calls first, under fixed. [default: 50]")] = None,
+    iters: Annotated[int | None, typer.Option(help="Timed calls, under fixed. [default: 200]")] = None,
+    cache: Annotated[str, typer.Option(help="hot, or cold: flushed before every call.", metavar="STATE")] = "hot",
+    timeout: Timeout = 120.0,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds of timing for a problem, under adaptive. [default: 10]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory, new or empty. [default: reports/<time>-<device>-<suite>]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and exit.")] = False,
+    seed: Seed = 0,
+    no_plugin: NoPlugin = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prove backends correct, time them side by side, and print speedups and throughput.
+
+    Shape options build a cross product and exclude --suite; what is not given is batch 1, one head, head size 128 and
+    pto's lengths. --dtype and --causal go with both.
+    """
+    with _data() as stream:
+        from attnbench.protocol import make_protocol
+
+        how = make_protocol(protocol, warmup, iters, cache, budget)
+        catalogue, the_plan = _plan(_selection(locals()), no_plugin)
+        if dry_run:
+            _print_plan(stream, the_plan)
+            return
+        limit = _positive_timeout(timeout)
+        _tell_plan(the_plan, f"protocol {how.name}, {how.cache} cache")
+        from attnbench import api, store
+        from attnbench.report.tables import Tables, json_text
+
+        with _progress(verbose) as observer:
+            outcome = api.execute(the_plan, how, catalogue, observer, out=out, seed=seed, timeout_s=limit)
+        if outcome.results:
+            tables = Tables(store.load(outcome.path), the_plan.baseline)
+            _print(stream, json_text(tables.record.rows) if as_json else tables.render(DEFAULT_FORMAT))
+        elif as_json:
+            _print(stream, "[]")
+        _say(f"the run is in {outcome.path}")
+        if outcome.interrupted:
+            _complain(AttnbenchError("interrupted: what was finished is kept and shown"))
+        elif outcome.exit_code is ExitCode.NOTHING_PASSED:
+            _complain(AttnbenchError("nothing passed, so there is no time to show", "the details say why"))
+        _end(outcome.exit_code)
+
+
+@app.command()
+def report(
+    source: Annotated[str, typer.Argument(help="A run directory, or a CSV.", metavar="RUN|CSV")],
+    format: Annotated[
+        str, typer.Option(help="csv, or a format of tabulate: github, plain, latex, html, …", metavar="NAME")
+    ] = DEFAULT_FORMAT,
+    baseline: Baseline = None,
+    device_name: Annotated[str | None, typer.Option(help="The device that a CSV's numbers are of.")] = None,
+) -> None:
+    """Print the tables of a run, or of a CSV with at least results.csv's first seven columns.
+
+    Those are sq,sk,head_size,kernel,time_us,tflops,flops_total.
+    """
+    with _data() as out:
+        from attnbench import store
+        from attnbench.plan import choice
+        from attnbench.report.tables import Tables
+        from attnbench.report.text import FORMATS
+
+        choice(format, FORMATS, "format")
+        record = store.load(Path(source), device_name)
+        tables = Tables(record, baseline)
+        for warning in record.warnings:
+            _say(f"note: {warning}")
+        _print(out, tables.render(format))
+
+
+@app.command()
+def env(no_plugin: NoPlugin = None, as_json: AsJson = False) -> None:
+    """Show the hardware and software that a run would record."""
+    with _data() as out:
+        from attnbench import environment
+
+        facts = environment.fingerprint(_discover(no_plugin))
+        if as_json:
+            _print_json(out, facts)
+            return
+        rows = []
+        for name, value in facts.items():
+            nested = value if isinstance(value, dict) else None
+            shown = ", ".join(f"{k} {v}" for k, v in nested.items()) if nested is not None else value
+            rows.append([name, "none" if shown in (None, "") else str(shown)])
+        _print_table(out, ("what", "value"), rows)
+
+
+@cache_app.command("show")
+def cache_show() -> None:
+    """Show where compiled kernels are kept, and which."""
+    with _data() as out:
+        from attnbench.jit import cache
+
+        kept = cache.default()
+        rows = [
+            [e.key[:12], e.source, f"{e.size_bytes / 1024:.0f}", f"{e.created:%Y-%m-%d %H:%M:%S} UTC", e.compiler]
+            for e in kept.entries()
+        ]
+        _print_table(out, ("key", "source", "KiB", "built", "compiler"), rows)
+        _say(f"{kept.root}: {len(rows)} entries, {kept.size_bytes / 1024:.0f} KiB")
+
+
+@cache_app.command("clear")
+def cache_clear() -> None:
+    """Delete all compiled kernels but those being built right now."""
+    with _data():
+        from attnbench.jit import cache
+
+        kept = cache.default()
+        freed = kept.clear()
+        _say(f"{kept.root}: freed {freed / 1024:.0f} KiB")
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _discover(no_plugin: Sequence[str] | None) -> Catalogue:
+    from attnbench import registry
+
+    return registry.discover(frozenset(no_plugin or ()))
+
+
+def _selection(options: dict[str, Any]) -> Selection:
+    from attnbench.plan import Selection
+
+    fields = {field.name for field in dataclasses.fields(Selection)}
+    return Selection(**{name: value for name, value in options.items() if name in fields})
+
+
+def _plan(selection: Selection, no_plugin: Sequence[str] | None) -> tuple[Catalogue, Plan]:
+    from attnbench import plan
+
+    catalogue = _discover(no_plugin)
+    _tell_failures(catalogue)
+    return catalogue, plan.make(selection, catalogue)
+
+
+def _positive_timeout(seconds: float) -> float:
+    if not 0 < seconds < float("inf"):
+        raise AttnbenchError(f"--timeout must be a number of seconds above 0, not {seconds:g}")
+    return seconds
+
+
+def _tell_failures(catalogue: Catalogue) -> None:
+    for plugin in catalogue.failures:
+        _say(f"note: plugin {plugin.source.name} of {plugin.source.distribution} failed to load: {plugin.error_line}")
+
+
+def _tell_plan(the_plan: Plan, how: str) -> None:
+    dtypes = ", ".join(dict.fromkeys(problem.dtype for problem in the_plan.suite))
+    names = ", ".join(entry.name for entry in the_plan.entries)
+    cores = f", {the_plan.info.cores} cores" if the_plan.info.cores else ""
+    _say(f"{the_plan.info.kind}: {the_plan.info.name}{cores}")
+    _say(f"suite {the_plan.suite.name}: {len(the_plan.suite)} problems, {dtypes}; {how}; {names}")
+
+
+def _print_plan(out: TextIO, the_plan: Plan) -> None:
+    rows = [
+        [problem.case_id, entry.name, str(entry.status or "to run"), entry.reason]
+        for problem in the_plan.suite
+        for entry in the_plan.entries
+    ]
+    _print_table(out, ("case", "kernel", "state", "reason"), rows)
+
+
+class _Progress:
+    """Tells on stderr how far a run is: a line a problem, and on a terminal a bar that moves between problems only."""
+
+    def __init__(self, verbose: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._verbose = verbose
+        self._console = Console(stderr=True, highlight=False)
+        # No refresh thread: it would draw, and take a core, while a backend is timed.
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None)
+        self._prefix = ""
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def started(self, problem: Problem, index: int, total: int) -> None:
+        self._prefix = f"[{index + 1:>{len(str(total))}}/{total}]"
+        self._bar.update(self._task, total=total, completed=index, description=problem.case_id)
+        self._bar.refresh()
+
+    def ended(self, results: Sequence[Result]) -> None:
+        cases = [
+            f"{r.backend} {r.measurement.time_us:.1f} µs" if r.measurement else f"{r.backend} {r.status}"
+            for r in results
+        ]
+        self._line(f"{self._prefix} {results[0].problem.case_id}: {', '.join(cases)}")
+        for result in results:
+            if result.reason and (self._verbose or result.status not in _QUIET):
+                self._line(f"      {result.backend}: {result.reason}")
+
+    def _line(self, words: str) -> None:
+        from rich.text import Text as RichText
+
+        from attnbench.rows import printable
+
+        self._console.print(
+            RichText(" ".join(printable(words).split()) if "\n" in words else printable(words)), soft_wrap=True
+        )
+
+
+_QUIET = frozenset({"PASSED", "UNSUPPORTED", "UNAVAILABLE", "SKIPPED"})
+
+
+def _progress(verbose: bool) -> _Progress:
+    return _Progress(verbose)
+
+
+@contextlib.contextmanager
+def _data() -> Iterator[TextIO]:
+    """The stream for data: what was stdout. Everything else that writes to stdout meanwhile, plugins and compilers
+    too, lands on stderr, so that what is piped on is data alone."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    out = os.fdopen(os.dup(saved), "w", encoding=sys.stdout.encoding, errors="replace")
+    try:
+        with out:
+            yield out
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _print(out: TextIO, words: str) -> None:
+    out.write(words if words.endswith("\n") else f"{words}\n")
+
+
+def _print_json(out: TextIO, data: object) -> None:
+    _print(out, json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _print_table(out: TextIO, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from attnbench.report.text import table
+
+    _print(out, table(headers, rows, "simple", left=headers))
+
+
+def _say(words: str) -> None:
+    from attnbench.rows import printable
+
+    sys.stderr.write(f"{printable(words)}\n")
+
+
+def _complain(error: AttnbenchError) -> None:
+    _say(f"error: {' '.join(error.message.split())}")
+    if error.hint:
+        _say(f"hint: {error.hint}")
+
+
+def _end(code: ExitCode) -> None:
+    if code is not ExitCode.OK:
+        raise typer.Exit(int(code))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script. Turns every expected error into a line, a hint and an exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"attnbench {version('attnbench')}")
+        return
+    try:
+        code = app(words, standalone_mode=False)
+    except AttnbenchError as error:
+        _complain(error)
+        code = int(error.exit_code)
+    except KeyboardInterrupt:
+        _complain(AttnbenchError("interrupted"))
+        code = int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output left; what it read was fine
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
+    except Exception as error:
+        # typer's own usage errors have no public type that all its versions share, but they all speak like this.
+        if not hasattr(error, "format_message"):
+            raise
+        command = getattr(getattr(error, "ctx", None), "command_path", "attnbench")
+        _complain(AttnbenchError(str(error.format_message()), f"{command} --help shows the options"))
+        code = int(ExitCode.USAGE)
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Owns what a device is to attnbench, and which of them this machine has. Knows no backend, problem or protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from attnbench.errors import AttnbenchError
+from attnbench.problem import DEVICE_KINDS, DeviceKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AUTO_ORDER: tuple[DeviceKind, ...] = ("npu", "cuda", "cpu")
+"""`--device auto` takes the first that is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceInfo:
+    """Plain facts about one device, as they stand in run.json and beside every number."""
+
+    kind: DeviceKind
+    name: str
+    cores: int | None
+    """What `normalized_tflops` projects to: AI cores, SMs, or the threads in use on a CPU."""
+    peak_tflops: Mapping[str, float] = field(default_factory=dict)
+    """Peak rate of the matrix unit by dtype, where it is known."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DeviceInfo:
+        """The facts that `dataclasses.asdict` wrote. Raises TypeError or ValueError where they are none."""
+        info = cls(**data)
+        if info.kind not in DEVICE_KINDS:
+            raise ValueError(f"device kind must be one of {', '.join(DEVICE_KINDS)}, not {info.kind!r}")
+        if not isinstance(info.name, str) or not isinstance(info.peak_tflops, Mapping):
+            raise ValueError("a device needs a name and a table of peaks")
+        if info.cores is not None and (not isinstance(info.cores, int) or info.cores < 1):
+            raise ValueError(f"a device's cores must be at least 1, not {info.cores!r}")
+        return info
+
+
+class Device(Protocol):
+    """How one kind of device is synchronised, timed, flushed and read."""
+
+    kind: DeviceKind
+    timing_method: str
+    """Names in every row how `time_calls` takes its times."""
+
+    def unavailable(self) -> str | None:
+        """Why this machine has no such device, with the step that would help; None where it has."""
+        ...
+
+    def info(self) -> DeviceInfo:
+        """Facts about the device; only asked of an available one."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything queued on the device is done."""
+        ...
+
+    def flush_cache(self) -> None:
+        """Evict what the last-level cache holds of earlier calls."""
+        ...
+
+    def time_calls(self, call: Callable[[], Tensor], count: int, *, cold: bool) -> list[float]:
+        """Time `count` calls, one time in µs each; `cold` flushes the cache, untimed, before each."""
+        ...
+
+    def host_us(self, call: Callable[[], Tensor], count: int) -> list[float]:
+        """CPU time in µs until each of `count` eager calls returns, the queue being empty before it."""
+        ...
+
+    def clock_mhz(self) -> float | None:
+        """The clock the device runs at now; None where it cannot be read."""
+        ...
+
+
+def device(kind: DeviceKind) -> Device:
+    """The device of that kind, there or not; only its own module is imported."""
+    if kind == "cpu":
+        from attnbench.devices.cpu import CpuDevice
+
+        return CpuDevice()
+    if kind == "cuda":
+        from attnbench.devices.cuda import CudaDevice
+
+        return CudaDevice()
+    from attnbench.devices.npu import NpuDevice
+
+    return NpuDevice()
+
+
+def choose(name: str) -> Device:
+    """The device that `--device name` asks for. Raises AttnbenchError for an unknown name."""
+    if name == "auto":
+        return next(found for found in map(device, AUTO_ORDER) if found.unavailable() is None)
+    for kind in DEVICE_KINDS:
+        if name == kind:
+            return device(kind)
+    raise AttnbenchError(f"no device is called {name!r}", f"choose auto, {', '.join(DEVICE_KINDS)}")

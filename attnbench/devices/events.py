@@ -1,0 +1,61 @@
+"""Owns timing by device events, which torch.cuda and torch.npu share call by call. Knows neither vendor."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+class EventTimer:
+    """Device time of eager calls between two events on the current stream.
+
+    All events of a batch are recorded before anything synchronises, so a call's time holds no host wait unless the
+    host cannot keep the queue full; then it holds the gaps too, which `host_us` tells.
+    """
+
+    timing_method = "device_events"
+    FLUSH_BYTES = 256 << 20
+
+    def __init__(self, api: Any, torch_device: str) -> None:
+        self._api = api
+        """torch.cuda or torch.npu."""
+        self._torch_device = torch_device
+
+    def synchronize(self) -> None:
+        self._api.synchronize()
+
+    @functools.cached_property
+    def _flush_buffer(self) -> Tensor:
+        import torch
+
+        return torch.empty(self.FLUSH_BYTES, dtype=torch.int8, device=self._torch_device)
+
+    def flush_cache(self) -> None:
+        self._flush_buffer.zero_()
+
+    def time_calls(self, call: Callable[[], Tensor], count: int, *, cold: bool) -> list[float]:
+        pairs = []
+        for _ in range(count):
+            if cold:
+                self.flush_cache()
+            start, end = self._api.Event(enable_timing=True), self._api.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            pairs.append((start, end))
+        self.synchronize()
+        return [start.elapsed_time(end) * 1e3 for start, end in pairs]
+
+    def host_us(self, call: Callable[[], Tensor], count: int) -> list[float]:
+        times = []
+        for _ in range(count):
+            self.synchronize()
+            start = time.perf_counter_ns()
+            call()
+            times.append((time.perf_counter_ns() - start) / 1e3)
+        self.synchronize()
+        return times

@@ -1,0 +1,81 @@
+"""Owns the fingerprint of hardware and software that a run records. Knows an allow-list only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from attnbench.registry import Catalogue
+
+ENVIRONMENT_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUDA_VISIBLE_DEVICES",
+    "ASCEND_RT_VISIBLE_DEVICES",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "OMP_PROC_BIND",
+    "OMP_WAIT_POLICY",
+    "OPENBLAS_NUM_THREADS",
+    "TASK_QUEUE_ENABLE",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD",
+)
+"""Settings that move timings. Values are recorded only where they look like numbers, lists of them, or a plain word."""
+
+_HARMLESS_VALUE = re.compile(r"[A-Za-z0-9_,.:-]{0,40}")
+LIBRARIES = ("attnbench", "torch", "torch-npu", "numpy", "pluggy")
+
+
+def fingerprint(catalogue: Catalogue) -> dict[str, Any]:
+    """What a number may depend on, as JSON types: versions, processor, threads, settings from the allow-list."""
+    import torch
+
+    from attnbench.devices.cpu import cpu_name
+
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "kernel": platform.release().split("-")[0],
+        "cpu": cpu_name(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda,
+        "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
+        "plugins": {p.source.distribution: p.source.version for p in catalogue.plugins if p.error is None},
+        "variables": {
+            name: value
+            for name in ENVIRONMENT_VARIABLES
+            if (value := os.environ.get(name)) is not None and _HARMLESS_VALUE.fullmatch(value)
+        },
+    }
+
+
+def command(arguments: list[str] | None = None) -> list[str]:
+    """The command line with every path cut to its last part: what was run, and not where."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return ["attnbench", *(_without_folder(word) for word in words)]
+
+
+def _without_folder(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if os.sep in value else word
+
+
+def without_home(text: str) -> str:
+    """`text` with the user's home folder written as ~."""
+    home = os.path.expanduser("~")
+    return text.replace(home, "~") if len(home) > 1 else text
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,205 @@
+"""Owns what is right: seeded inputs, the float64 oracle, the error budget, the verdict. Knows no backend and no clock.
+
+Everything here runs on the CPU, whatever device is judged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from attnbench.problem import Dtype, Problem
+from attnbench.result import Check
+
+Distribution = Literal["normal", "outliers", "large_logits"]
+DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
+
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+ORACLE_BLOCK_BYTES = 64 << 20
+"""Size of one float64 block of scores; three of them are alive at once, which stays under 256 MB."""
+FULL_CHECK_PAIRS = 1 << 25
+"""Up to this many (query, key) pairs every row is checked: 2048×8192 with two heads, about a second of float64."""
+CHECK_TILE = 128
+"""However large the problem, one row of each tile of this many queries is checked."""
+OUTLIER_SHARE, OUTLIER_SCALE = 1e-3, 20.0
+LARGE_LOGIT_SCALE = 16.0
+"""Logits then have a standard deviation of about 16 and reach 60 to 80: one key takes nearly all the weight."""
+CLASSIC_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k, v of a problem on the CPU, in its shapes and dtype, and where they came from."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    distribution: Distribution
+
+
+def torch_dtype(problem: Problem) -> torch.dtype:
+    """The problem's dtype as torch knows it. Raises ValueError for `auto`."""
+    if problem.dtype == "auto":
+        raise ValueError("dtype auto has no torch dtype: call resolve(device) first")
+    return TORCH_DTYPES[problem.dtype]
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part, and on nothing else, on any machine."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def make_inputs(problem: Problem, seed: int, distribution: Distribution = "normal") -> Inputs:
+    """Seeded q, k, v. `normal`: N(0, 1). `outliers`: one value in a thousand is 20 times as large.
+
+    `large_logits`: q is 16 times as large, so that the softmax nearly picks one key.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, problem.case_id, distribution))
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        values = torch.randn(shape, generator=generator)
+        if distribution == "outliers":
+            values[torch.rand(shape, generator=generator) < OUTLIER_SHARE] *= OUTLIER_SCALE
+        return values
+
+    q, k, v = draw(problem.q_shape), draw(problem.k_shape), draw(problem.v_shape)
+    if distribution == "large_logits":
+        q *= LARGE_LOGIT_SCALE
+    dtype = torch_dtype(problem)
+    return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), distribution)
+
+
+def sample_rows(problem: Problem, seed: int) -> Tensor:
+    """The query rows to check, sorted: all of them, or of a large problem the first, the last and one of each tile.
+
+    Which row of a tile depends on the seed.
+    """
+    pairs_a_row = problem.batch * problem.heads_q * problem.seqlen_k
+    if pairs_a_row * problem.seqlen_q <= FULL_CHECK_PAIRS:
+        return torch.arange(problem.seqlen_q)
+    affordable = max(1, FULL_CHECK_PAIRS // pairs_a_row)
+    tile = min(CHECK_TILE, -(-problem.seqlen_q // affordable))
+    starts = torch.arange(0, problem.seqlen_q, tile)
+    generator = torch.Generator().manual_seed(derive_seed(seed, problem.case_id, "rows"))
+    picks = starts + torch.randint(tile, starts.shape, generator=generator)
+    return torch.tensor(sorted({*picks.clamp(max=problem.seqlen_q - 1).tolist(), 0, problem.seqlen_q - 1}))
+
+
+def _hidden(problem: Problem, rows: Tensor) -> Tensor | None:
+    """Which keys each row does not see, (rows, seqlen_k); None where every row sees all."""
+    if not problem.causal and problem.window is None:
+        return None
+    low, high = torch.tensor([problem.key_range(row) for row in rows.tolist()]).T
+    keys = torch.arange(problem.seqlen_k)
+    return torch.logical_or(keys < low[:, None], keys >= high[:, None])
+
+
+def _blocks(problem: Problem, inputs: Inputs, rows: Tensor) -> Iterator[tuple[int, int, slice, Tensor, Tensor, Tensor]]:
+    """(batch, head, slice of rows, q of them, k, v) for every block whose float64 scores fit ORACLE_BLOCK_BYTES."""
+    step = max(1, ORACLE_BLOCK_BYTES // (8 * problem.seqlen_k))
+    group = problem.heads_q // problem.heads_kv
+    for batch in range(problem.batch):
+        for head in range(problem.heads_q):
+            k, v = inputs.k[batch, head // group], inputs.v[batch, head // group]
+            for start in range(0, len(rows), step):
+                part = slice(start, start + step)
+                yield batch, head, part, inputs.q[batch, head, rows[part]], k, v
+
+
+def _attend(problem: Problem, inputs: Inputs, rows: Tensor, compute: torch.dtype, store: torch.dtype) -> Tensor:
+    """Attention of `rows`, computed in `compute` with every intermediate rounded to `store`."""
+    out = torch.empty(problem.batch, problem.heads_q, len(rows), problem.head_dim_v, dtype=store)
+    for batch, head, part, q, k, v in _blocks(problem, inputs, rows):
+        scores = (q.to(compute) @ k.to(compute).T).to(store).mul_(problem.softmax_scale)
+        hidden = _hidden(problem, rows[part])
+        if hidden is not None:
+            scores.masked_fill_(hidden, -torch.inf)
+        weights = torch.softmax(scores, dim=-1)
+        if hidden is not None:
+            weights.masked_fill_(hidden.all(dim=1, keepdim=True), 0.0)
+        out[batch, head, part] = (weights.to(compute) @ v.to(compute)).to(store)
+    return out
+
+
+def oracle(problem: Problem, inputs: Inputs, rows: Tensor) -> Tensor:
+    """Attention of `rows` in float64, (batch, heads_q, rows, head_dim_v)."""
+    return _attend(problem, inputs, rows, torch.float64, torch.float64)
+
+
+def plain_attention(problem: Problem, inputs: Inputs, rows: Tensor) -> Tensor:
+    """Attention of `rows` as three plain PyTorch operations in the problem's dtype: GEMM, softmax, GEMM.
+
+    GEMMs sum in float32 and round their result to the dtype, as PyTorch's do on matrix units; so the budget is the
+    same wherever it is computed, and does not wait for a CPU's slow half-precision GEMM.
+    """
+    return _attend(problem, inputs, rows, torch.float32, torch_dtype(problem))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The oracle's rows for one set of inputs and the error budget there; judges outputs against both."""
+
+    problem: Problem
+    distribution: Distribution
+    rows: Tensor
+    expected: Tensor
+    """float64, (batch, heads_q, rows, head_dim_v)"""
+    err_budget: float
+
+    @classmethod
+    def of(cls, problem: Problem, inputs: Inputs, seed: int) -> Reference:
+        """Compute both. Budget: 2 × max |plain - oracle| + eps(dtype) × max |oracle|, over the rows checked."""
+        rows = sample_rows(problem, seed)
+        expected = oracle(problem, inputs, rows)
+        plain_err = (plain_attention(problem, inputs, rows).double() - expected).abs().max().item()
+        rounding = torch.finfo(torch_dtype(problem)).eps * expected.abs().max().item()
+        return cls(problem, inputs.distribution, rows, expected, 2 * plain_err + rounding)
+
+    def judge(self, output: object) -> Check:
+        """Compare an output, on the CPU, with the oracle."""
+        fault = self._fault_of_form(output)
+        if fault or not isinstance(output, Tensor):
+            return self._check(None, False, fault)
+        infinite = int((~torch.isfinite(output)).sum())
+        if infinite:
+            return self._check(None, False, f"{infinite} of {output.numel()} output values are not finite")
+        actual = output[:, :, self.rows].double()
+        errors = (actual - self.expected).abs()
+        max_err = errors.max().item()
+        classic = torch.allclose(actual, self.expected, rtol=CLASSIC_TOLERANCE, atol=CLASSIC_TOLERANCE)
+        if max_err > self.err_budget:
+            batch, head, row, column = (int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
+            where = f"batch {batch}, head {head}, row {int(self.rows[row])}, column {column}"
+            fault = f"max error {max_err:.3g} over the budget {self.err_budget:.3g}, at {where}"
+        return self._check(max_err, classic, fault)
+
+    def fault(self, words: str) -> Check:
+        """The check of a case that is wrong whatever its output holds."""
+        return self._check(None, False, words)
+
+    def _fault_of_form(self, output: object) -> str:
+        if type(output) is not Tensor:
+            return f"the output is a {type(output).__name__}, not a plain torch.Tensor"
+        if tuple(output.shape) != self.problem.out_shape:
+            return f"the output's shape is {tuple(output.shape)}, not {self.problem.out_shape}"
+        if output.dtype != torch_dtype(self.problem):
+            return f"the output's dtype is {output.dtype}, not {torch_dtype(self.problem)}"
+        return ""
+
+    def _check(self, max_abs_err: float | None, classic_ok: bool, fault: str) -> Check:
+        return Check(
+            max_abs_err=max_abs_err,
+            err_budget=self.err_budget,
+            classic_ok=classic_ok,
+            inputs=self.distribution,
+            rows_checked=len(self.rows),
+            rows_total=self.problem.seqlen_q,
+            fault=f"{fault} ({self.distribution} inputs)" if fault else "",
+        )

@@ -1,0 +1,262 @@
+"""Owns the tables: speedup over a baseline, and the details behind every number. Knows rows alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from attnbench import stats
+from attnbench.errors import AttnbenchError
+from attnbench.plan import BEST
+from attnbench.report import text
+from attnbench.result import Result, speedup
+from attnbench.rows import COLUMNS, Row, csv_text
+from attnbench.store import Record
+
+NONE = "—"
+SHORT_NAMES = {"npu_fused_attention": "Fused", "jit_flash": "JIT"}
+"""How the published table names its two columns; every other backend goes by its own name."""
+FIRST_CONTENDER = "jit_flash"
+DEFAULT_BASELINES = {"npu": "npu_fused_attention", "cuda": "sdpa", "cpu": "sdpa"}
+FALLBACK_BASELINES = ("npu_fused_attention", "gemm_ref")
+
+DETAIL_COLUMNS = (
+    *("case", "kernel", "status", "µs", "95% interval", "n", "vs baseline", "95% interval of it", "verdict"),
+    *("GEMM TFLOP/s", "GB/s", "% of peak", "host µs", "max error", "budget", "1e-3", "reason"),
+)
+DETAIL_TEXT_COLUMNS = ("case", "kernel", "status", "verdict", "1e-3", "reason")
+
+
+def frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """The rows as a DataFrame with results.csv's columns; whole numbers that may be missing are Int64."""
+    table = pd.DataFrame.from_records(list(rows), columns=list(COLUMNS))
+    whole = ("n_samples", "n_blocks", "used_cores")
+    return table.astype(dict.fromkeys(whole, "Int64"))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One contender against the baseline, over the problems of one configuration."""
+
+    contender: str
+    baseline: str | None
+    configuration: str
+    """case_id without its lengths: b1-h1-d128-fp16."""
+    rows: tuple[tuple[Row, Row | None], ...]
+    """(contender's row, baseline's row) by problem."""
+    ratios: tuple[stats.Ratio | None, ...]
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        base = "Baseline" if self.baseline is None else SHORT_NAMES.get(self.baseline, self.baseline)
+        name = SHORT_NAMES.get(self.contender, self.contender)
+        base = "Best" if self.baseline == BEST else base
+        return ("S0", "S1", f"{base} µs", f"{name} µs", "Speedup", f"{name} TFLOP/s", f"Normalized {name} TFLOP/s")
+
+    @property
+    def cells(self) -> list[list[str]]:
+        return [
+            [
+                str(row["sq"]),
+                str(row["sk"]),
+                _number(base and base["time_us"], 3),
+                _number(row["time_us"], 3),
+                NONE if ratio is None else f"{ratio.value:.2f}×",
+                _number(row["tflops"], 2),
+                _number(row["normalized_tflops"], 2),
+            ]
+            for (row, base), ratio in zip(self.rows, self.ratios)
+        ]
+
+    @property
+    def summary(self) -> str:
+        """The geometric mean of the speedups, and how many problems went which way."""
+        ratios = [ratio for ratio in self.ratios if ratio is not None]
+        if not ratios:
+            return f"{self.contender}: nothing to compare with"
+        mean = stats.geometric_mean([ratio.value for ratio in ratios])
+        counts = [(verdict, sum(r.verdict == verdict for r in ratios)) for verdict in ("faster", "tie", "slower")]
+        words = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
+        problems = f"{len(ratios)} problem" + ("s" if len(ratios) > 1 else "")
+        line = f"{self.contender} over {self.baseline}: geometric mean {mean:.2f}× on {problems}"
+        return f"{line} ({words}; 95% intervals)" if words else line
+
+
+class Tables:
+    """The tables of one run or CSV, against one baseline."""
+
+    def __init__(self, record: Record, baseline: str | None = None) -> None:
+        """Raises AttnbenchError where the baseline is not in the record, or its times were taken in several ways."""
+        self.record = record
+        self._rows: Mapping[tuple[str, str], Row] = {(r["case_id"], r["kernel"]): r for r in record.rows}
+        self._results: Mapping[tuple[str, str], Result] = {r.key: r for r in record.results}
+        self._kernels = tuple(dict.fromkeys(row["kernel"] for row in record.rows))
+        self._refuse_mixed_methods()
+        self.baseline = self._choose_baseline(baseline)
+        self.comparisons = self._compare()
+
+    def _refuse_mixed_methods(self) -> None:
+        timed = [row for row in self.record.rows if row["time_us"] is not None]
+        methods = sorted({_method(row) for row in timed})
+        if len(methods) > 1:
+            raise AttnbenchError(
+                f"{self.record.source} mixes times taken in different ways: {' and '.join(methods)}",
+                "one table holds one way of timing: split the file",
+            )
+
+    def _choose_baseline(self, asked: str | None) -> str | None:
+        if asked is not None:
+            if asked != BEST and asked not in self._kernels:
+                raise AttnbenchError(
+                    f"the baseline {asked!r} is not in {self.record.source}", f"there are {', '.join(self._kernels)}"
+                )
+            return asked
+        if len(self._kernels) < 2:
+            return None
+        preferred = (DEFAULT_BASELINES[self.record.device.kind], *FALLBACK_BASELINES)
+        others = [kernel for kernel in self._kernels if kernel != FIRST_CONTENDER]
+        return next((name for name in preferred if name in self._kernels), others[0])
+
+    def _compare(self) -> tuple[Comparison, ...]:
+        contenders = [k for k in self._kernels if k != self.baseline] or list(self._kernels)
+        contenders.sort(key=lambda kernel: kernel != FIRST_CONTENDER)
+        found = []
+        for contender in contenders:
+            configurations: dict[str, list[tuple[Row, Row | None]]] = {}
+            for (case, kernel), row in self._rows.items():
+                if kernel == contender:
+                    pair = (row, self._baseline_row(case, kernel))
+                    configurations.setdefault(re.sub(r"-q\d+-k\d+", "", case), []).append(pair)
+            for configuration, pairs in configurations.items():
+                if any(row["time_us"] is not None for row, _ in pairs):
+                    ratios = tuple(self._ratio(row, base) for row, base in pairs)
+                    found.append(Comparison(contender, self.baseline, configuration, tuple(pairs), ratios))
+        return tuple(found)
+
+    def _baseline_row(self, case: str, contender: str) -> Row | None:
+        if self.baseline == BEST:
+            rivals = [self._rows.get((case, kernel)) for kernel in self._kernels if kernel != contender]
+            timed = [row for row in rivals if row is not None and row["time_us"] is not None]
+            return min(timed, key=lambda row: float(row["time_us"]), default=None)
+        if self.baseline is None or self.baseline == contender:
+            return None
+        return self._rows.get((case, self.baseline))
+
+    def _ratio(self, row: Row, base: Row | None) -> stats.Ratio | None:
+        if base is None or row["time_us"] is None or base["time_us"] is None:
+            return None
+        ours, theirs = (self._results.get((r["case_id"], r["kernel"])) for r in (row, base))
+        if ours and theirs and ours.measurement and theirs.measurement:
+            return speedup(theirs.measurement, ours.measurement)
+        return stats.Ratio(base["time_us"] / row["time_us"], None, None)
+
+    @property
+    def detail_rows(self) -> list[list[str]]:
+        """One row a (problem, backend), in DETAIL_COLUMNS."""
+        return [self._details(key, row) for key, row in self._rows.items()]
+
+    def _details(self, key: tuple[str, str], row: Row) -> list[str]:
+        base = self._baseline_row(*key)
+        ratio = self._ratio(row, base)
+        result = self._results.get(key)
+        classic = "" if result is None or result.check is None else ("ok" if result.check.classic_ok else "off")
+        return [
+            row["case_id"],
+            row["kernel"],
+            row["status"],
+            _number(row["time_us"], 3),
+            _interval(row["ci95_low_us"], row["ci95_high_us"], 3),
+            _number(row["n_samples"], 0),
+            NONE if ratio is None else f"{ratio.value:.2f}×",
+            NONE if ratio is None else _interval(ratio.low, ratio.high, 2),
+            NONE if ratio is None or ratio.verdict == "-" else ratio.verdict,
+            _number(row["tflops_gemm"], 2),
+            _number(row["gbps"], 1),
+            _number(row["pct_peak"], 1),
+            _number(row["host_us"], 1),
+            _error(row["max_abs_err"]),
+            _error(row["err_budget"]),
+            classic or NONE,
+            row["reason"] or "",
+        ]
+
+    def render(self, style: str = "github", details: bool = True) -> str:
+        """All tables in a tabulate format, the speedups first; `csv` gives results.csv's text instead."""
+        if style == text.CSV:
+            return csv_text(self.record.rows)
+        parts = []
+        for comparison in self.comparisons:
+            against = f" vs {comparison.baseline}" if comparison.baseline else ""
+            title = f"{comparison.contender}{against} · {comparison.configuration} · {self.record.device.name}"
+            parts.append(text.heading(title, style))
+            parts.append(text.table(comparison.headers, comparison.cells, style))
+            parts.append(text.paragraph(comparison.summary, style))
+        if parts:
+            parts += [text.paragraph(line, style) for line in self.captions]
+        if details or not parts:
+            parts.append(text.heading("Details", style))
+            parts.append(text.table(DETAIL_COLUMNS, self.detail_rows, style, DETAIL_TEXT_COLUMNS))
+        return "\n\n".join(parts)
+
+    @property
+    def captions(self) -> list[str]:
+        """What the numbers mean and what they do not."""
+        timed = next(row for row in self.record.rows if row["time_us"] is not None)
+        cores, name = self.record.device.cores, self.record.device.name
+        projection = f"{cores} cores of {name}" if cores else f"cores of {name} (not known)"
+        return [
+            f"Times: {_method(timed)}. Speedup is the baseline's time over the contender's.",
+            "TFLOP/s counts 2·sq·sk·(d+e) for the two GEMMs, sq·sk for the scale and sq·(5·sk−2) for the softmax; "
+            "masked pairs do not count.",
+            f"Normalized TFLOP/s = TFLOP/s · ({projection}) / cores the problem occupies: a projection, not a "
+            "measurement. % of peak in the details is measured: GEMM TFLOP/s over the device's peak.",
+        ]
+
+
+def check_table(results: Sequence[Result], style: str) -> str:
+    """What `attnbench check` prints: every verdict with the error and the budget it had."""
+    headers = ("case", "kernel", "status", "max error", "budget", "1e-3", "worst inputs", "rows", "reason")
+    cells = []
+    for result in results:
+        check = result.check
+        cells.append(
+            [
+                result.problem.case_id,
+                result.backend,
+                result.status.value,
+                _error(check.max_abs_err if check else None),
+                _error(check.err_budget if check else None),
+                NONE if check is None else ("ok" if check.classic_ok else "off"),
+                check.inputs if check else NONE,
+                f"{check.rows_checked}/{check.rows_total}" if check else NONE,
+                result.reason,
+            ]
+        )
+    return text.table(headers, cells, style, ("case", "kernel", "status", "1e-3", "worst inputs", "reason"))
+
+
+def json_text(rows: Sequence[Row]) -> str:
+    """The rows as a JSON array of objects with results.csv's columns; null where there is no value."""
+    return json.dumps(list(rows), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _method(row: Row) -> str:
+    """How a row was timed, in words."""
+    parts = [row["statistic"], row["timing_method"], row["cache"] and f"{row['cache']} cache"]
+    return ", ".join(part for part in parts if part) or "as published"
+
+
+def _number(value: object, digits: int) -> str:
+    return NONE if value is None or isinstance(value, str) else f"{value:.{digits}f}"
+
+
+def _error(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2e}"
+
+
+def _interval(low: float | None, high: float | None, digits: int) -> str:
+    return NONE if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"

@@ -1,0 +1,67 @@
+"""Owns how text from plugins and files is made harmless in each output format. Knows no number."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+
+from tabulate import tabulate, tabulate_formats
+
+from attnbench.rows import printable
+
+CSV = "csv"
+FORMATS: tuple[str, ...] = (*tabulate_formats, CSV)
+
+_LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
+    ord("\\"): r"\textbackslash{}",
+    ord("~"): r"\textasciitilde{}",
+    ord("^"): r"\textasciicircum{}",
+}
+_MARKDOWN = {ord(c): f"\\{c}" for c in "\\|[]*`"} | {ord("<"): "&lt;", ord(">"): "&gt;"}
+_ESCAPED_BY_TABULATE = frozenset({"html", "latex", "latex_booktabs", "latex_longtable"})
+_MARKUP_WITH_BARS = frozenset({"asciidoc", "jira", "mediawiki", "moinmoin", "orgtbl", "textile", "youtrack"})
+
+
+def escape(text: str, style: str) -> str:
+    """One line of `text` that `style`, a tabulate format, shows as it is: no control codes, no markup of its own."""
+    line = " ".join(printable(text).split())
+    if style in ("github", "pipe"):
+        return line.translate(_MARKDOWN)
+    if style in ("html", "unsafehtml"):
+        return html.escape(line)
+    if style.startswith("latex"):
+        return line.translate(_LATEX)
+    # No escape serves all these dialects; the broken bar looks like the bar that would end the cell.
+    return line.replace("|", "¦") if style in _MARKUP_WITH_BARS else line
+
+
+def heading(text: str, style: str) -> str:
+    """A table's title in `style`."""
+    if style in ("github", "pipe"):
+        return f"### {escape(text, style)}"
+    return f"<h3>{escape(text, style)}</h3>" if style in ("html", "unsafehtml") else paragraph(text, style)
+
+
+def paragraph(text: str, style: str) -> str:
+    """A line of prose in `style`; a comment in LaTeX, where a table's caption is the author's."""
+    if style in ("html", "unsafehtml"):
+        return f"<p>{escape(text, style)}</p>"
+    line = escape(text, style)
+    return f"% {line}" if style.startswith("latex") else line
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], style: str, left: Sequence[str] = ()) -> str:
+    """A table of ready-made text in a tabulate format; columns not named in `left` are right-aligned."""
+    if style in _ESCAPED_BY_TABULATE:
+        clean: Callable[[str], str] = lambda text: " ".join(printable(text).split())  # noqa: E731
+    else:
+        clean = lambda text: escape(text, style)  # noqa: E731
+    return str(
+        tabulate(
+            [[clean(cell) for cell in row] for row in rows],
+            headers=[clean(name) for name in headers],
+            tablefmt=style,
+            disable_numparse=True,
+            colalign=["left" if name in left else "right" for name in headers] if rows else None,
+        )
+    )

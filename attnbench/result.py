@@ -1,0 +1,210 @@
+"""Owns the record of one (problem, backend): Status, Check, Measurement, Result. Knows no file format."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal, get_args
+
+from attnbench import stats
+from attnbench.problem import DEVICE_KINDS, DeviceKind, Problem
+
+Statistic = Literal["mean", "median"]
+CacheState = Literal["hot", "cold"]
+CACHE_STATES: tuple[CacheState, ...] = get_args(CacheState)
+
+
+class Status(str, Enum):
+    """How a case ended."""
+
+    PASSED = "PASSED"
+    UNSUPPORTED = "UNSUPPORTED"
+    """The backend cannot do the problem."""
+    UNAVAILABLE = "UNAVAILABLE"
+    """This machine cannot run the backend."""
+    INCORRECT = "INCORRECT"
+    TAMPERED = "TAMPERED"
+    """A plugin changed the clocks, attnbench, or the functions that synchronise and time the device."""
+    IMPLAUSIBLE = "IMPLAUSIBLE"
+    """Faster than the roofline."""
+    COMPILE_ERROR = "COMPILE_ERROR"
+    RUNTIME_ERROR = "RUNTIME_ERROR"
+    OOM = "OOM"
+    TIMEOUT = "TIMEOUT"
+    CRASHED = "CRASHED"
+    SKIPPED = "SKIPPED"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+HARMLESS = frozenset({Status.PASSED, Status.UNSUPPORTED, Status.UNAVAILABLE, Status.SKIPPED})
+"""Every other status makes the exit code 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What the comparison with the float64 oracle found, on the worst of the inputs tried.
+
+    Errors are absolute, in the output's unit.
+    """
+
+    max_abs_err: float | None
+    """None where nothing could be compared: a wrong shape or dtype, or values that are not finite."""
+    err_budget: float
+    """2 × the error of plain PyTorch in the same dtype + the rounding of the output dtype."""
+    classic_ok: bool
+    """The verdict of torch.allclose with rtol = atol = 1e-3, for comparison."""
+    inputs: str
+    """Distribution of the worst inputs: normal, outliers or large_logits."""
+    rows_checked: int
+    rows_total: int
+    fault: str = ""
+    """Why it is wrong; empty where it is right."""
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.err_budget) or self.err_budget < 0:
+            raise ValueError(f"err_budget must be a finite number ≥ 0, not {self.err_budget!r}")
+        if self.max_abs_err is not None and not (_is_number(self.max_abs_err) and self.max_abs_err >= 0):
+            raise ValueError(f"max_abs_err must be a finite number ≥ 0 or None, not {self.max_abs_err!r}")
+        within = self.max_abs_err is not None and self.max_abs_err <= self.err_budget
+        if not self.fault and not within:
+            raise ValueError("an error beyond its budget needs a fault")
+
+    @property
+    def passed(self) -> bool:
+        return not self.fault
+
+    @property
+    def severity(self) -> float:
+        """Error over budget, infinite where nothing could be compared: what makes one check worse than another."""
+        if self.max_abs_err is None:
+            return math.inf
+        if self.max_abs_err <= self.err_budget and self.fault:
+            return math.inf
+        return self.max_abs_err / self.err_budget if self.err_budget else float(self.max_abs_err > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Raw times of one case in µs a call, grouped in blocks, and how they were taken."""
+
+    blocks: tuple[tuple[float, ...], ...]
+    """One tuple a block (a round in which every backend of the problem had its turn), in the order taken."""
+    statistic: Statistic
+    """What `time_us` is over all calls: the mean under `fixed`, the median under `adaptive`."""
+    timing_method: str
+    """host_clock or device_events."""
+    cache: CacheState
+    host_us: float
+    """CPU time until an eager call returns, the device's queue not full."""
+    clock_mhz: float | None = None
+    """Median of the readings taken around the rounds; None where the device tells none."""
+
+    def __post_init__(self) -> None:
+        if not self.blocks or not all(self.blocks):
+            raise ValueError("a measurement needs at least one block of at least one time")
+        for value in (*self.samples, self.host_us):
+            if not (_is_number(value) and value > 0):
+                raise ValueError(f"a time must be a finite number of µs above 0, not {value!r}")
+        if self.statistic not in get_args(Statistic):
+            raise ValueError(f"statistic must be mean or median, not {self.statistic!r}")
+        if self.cache not in CACHE_STATES:
+            raise ValueError(f"cache must be hot or cold, not {self.cache!r}")
+        if self.clock_mhz is not None and not (_is_number(self.clock_mhz) and self.clock_mhz > 0):
+            raise ValueError(f"clock_mhz must be above 0, not {self.clock_mhz!r}")
+
+    @functools.cached_property
+    def samples(self) -> tuple[float, ...]:
+        return tuple(value for block in self.blocks for value in block)
+
+    def _statistic(self, values: Sequence[float]) -> float:
+        return statistics.fmean(values) if self.statistic == "mean" else statistics.median(values)
+
+    @functools.cached_property
+    def time_us(self) -> float:
+        return self._statistic(self.samples)
+
+    @functools.cached_property
+    def block_times_us(self) -> tuple[float, ...]:
+        return tuple(self._statistic(block) for block in self.blocks)
+
+    @functools.cached_property
+    def ci95_us(self) -> tuple[float, float] | None:
+        """The 95% interval of `time_us`; its width comes from the blocks, whose calls are correlated within."""
+        half = stats.half_width([math.log(value) for value in self.block_times_us])
+        return None if half is None else (self.time_us * math.exp(-half), self.time_us * math.exp(half))
+
+
+def speedup(baseline: Measurement, contender: Measurement) -> stats.Ratio:
+    """baseline time over contender time, with the interval of their paired blocks."""
+    return stats.ratio_of_blocks(
+        baseline.time_us / contender.time_us, baseline.block_times_us, contender.block_times_us
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One problem on one backend: how it ended and, only where it PASSED, what was measured.
+
+    Raises ValueError where the parts contradict each other, so that a number never stands beside a failure.
+    """
+
+    problem: Problem
+    backend: str
+    device: DeviceKind
+    status: Status
+    reason: str = ""
+    check: Check | None = None
+    measurement: Measurement | None = None
+    """None too for a PASSED result of `attnbench check`, which times nothing."""
+    used_cores: int | None = None
+    """The device's cores that the backend says the problem occupies."""
+
+    def __post_init__(self) -> None:
+        passed = self.status is Status.PASSED
+        if self.problem.dtype == "auto":
+            raise ValueError("a result's problem needs a dtype, not auto")
+        if self.device not in DEVICE_KINDS:
+            raise ValueError(f"device must be one of {', '.join(DEVICE_KINDS)}, not {self.device!r}")
+        if passed and (self.check is None or not self.check.passed):
+            raise ValueError("a result is PASSED only by a check that passed")
+        if passed == bool(self.reason):
+            raise ValueError("a result has a reason exactly where it is not PASSED")
+        if self.measurement is not None and not passed:
+            raise ValueError(f"a {self.status} result has no measurement")
+        if self.used_cores is not None and self.used_cores < 1:
+            raise ValueError(f"used_cores must be at least 1, not {self.used_cores}")
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(case_id, backend): unique within a run, which has one device."""
+        return (self.problem.case_id, self.backend)
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["status"] = self.status.value
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Result:
+        """The result that `to_json` wrote. Raises ValueError, KeyError or TypeError where it is none."""
+        fields = dict(data)
+        fields["problem"] = Problem.from_json(fields["problem"])
+        fields["status"] = Status(fields["status"])
+        if fields.get("check") is not None:
+            fields["check"] = Check(**fields["check"])
+        if fields.get("measurement") is not None:
+            timing = dict(fields["measurement"])
+            timing["blocks"] = tuple(tuple(block) for block in timing["blocks"])
+            fields["measurement"] = Measurement(**timing)
+        return cls(**fields)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

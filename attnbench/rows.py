@@ -1,0 +1,318 @@
+"""Owns the row format of results.csv, both ways: from a Result to text, and from a CSV of any origin back to rows.
+
+Knows no directory, no table and no statistics beyond those a row shows.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attnbench import stats
+from attnbench.devices import DeviceInfo
+from attnbench.devices.known import known_device
+from attnbench.errors import AttnbenchError
+from attnbench.problem import DEVICE_KINDS, Problem
+from attnbench.result import Result, Status
+
+SCHEMA_VERSION = 1
+LEAD_COLUMNS = ("sq", "sk", "head_size", "kernel", "time_us", "tflops", "flops_total")
+COLUMNS = (
+    *LEAD_COLUMNS,
+    *("batch", "heads_q", "heads_kv", "head_dim_v", "dtype", "causal", "direction", "device", "device_name"),
+    *("status", "reason", "timing_method", "cache", "statistic", "n_samples", "n_blocks"),
+    *("mean_us", "median_us", "p10_us", "p90_us", "ci95_low_us", "ci95_high_us", "host_us"),
+    *("tflops_gemm", "gbps", "pct_peak", "used_cores", "normalized_tflops", "max_abs_err", "err_budget"),
+    *("clock_mhz", "case_id", "schema_version"),
+)
+"""The columns of results.csv, in order; see DESIGN of the format in README."""
+
+Row = dict[str, Any]
+"""One row of results.csv by column: str, int, float, bool, or None where there is no value."""
+
+
+def row(result: Result, device: DeviceInfo) -> Row:
+    """The CSV row of a result. Rates are in TFLOP/s and GB/s (10⁹ bytes); a failed case has none."""
+    problem, measurement = result.problem, result.measurement
+    values: Row = dict.fromkeys(COLUMNS) | _shape(problem)
+    values.update(
+        kernel=result.backend,
+        device=result.device,
+        device_name=device.name,
+        status=result.status.value,
+        reason=result.reason or None,
+        used_cores=result.used_cores,
+        schema_version=SCHEMA_VERSION,
+    )
+    if result.check is not None:
+        values.update(max_abs_err=result.check.max_abs_err, err_budget=result.check.err_budget)
+    if measurement is not None:
+        samples, interval = measurement.samples, measurement.ci95_us
+        values.update(
+            time_us=measurement.time_us,
+            timing_method=measurement.timing_method,
+            cache=measurement.cache,
+            statistic=measurement.statistic,
+            n_samples=len(samples),
+            n_blocks=len(measurement.blocks),
+            mean_us=sum(samples) / len(samples),
+            median_us=stats.percentile(samples, 50),
+            p10_us=stats.percentile(samples, 10),
+            p90_us=stats.percentile(samples, 90),
+            ci95_low_us=interval[0] if interval else None,
+            ci95_high_us=interval[1] if interval else None,
+            host_us=measurement.host_us,
+            clock_mhz=measurement.clock_mhz,
+        )
+    values.update(rates(values, problem, device))
+    return values
+
+
+def _shape(problem: Problem) -> Row:
+    """The columns that say which problem a row is of."""
+    return {
+        "sq": problem.seqlen_q,
+        "sk": problem.seqlen_k,
+        "head_size": problem.head_dim,
+        "flops_total": problem.flops,
+        "batch": problem.batch,
+        "heads_q": problem.heads_q,
+        "heads_kv": problem.heads_kv,
+        "head_dim_v": problem.head_dim_v,
+        "dtype": problem.dtype,
+        "causal": problem.causal,
+        "direction": problem.direction,
+        "case_id": problem.case_id,
+    }
+
+
+def rates(values: Mapping[str, Any], problem: Problem, device: DeviceInfo) -> Row:
+    """What follows from a row's time: tflops, tflops_gemm, gbps, pct_peak, normalized_tflops; empty without a time.
+
+    normalized_tflops = tflops · device cores / used_cores, a projection; pct_peak is `tflops_gemm` over the peak.
+    """
+    time_us = values.get("time_us")
+    if time_us is None:
+        return {}
+    tflops, tflops_gemm = problem.flops / time_us / 1e6, problem.flops_gemm / time_us / 1e6
+    peak, used = device.peak_tflops.get(problem.dtype), values.get("used_cores")
+    return {
+        "tflops": tflops,
+        "tflops_gemm": tflops_gemm,
+        "gbps": problem.bytes_moved / time_us / 1e3,
+        "pct_peak": 100 * tflops_gemm / peak if peak else None,
+        "normalized_tflops": tflops * device.cores / used if used and device.cores else None,
+    }
+
+
+def csv_text(rows: Iterable[Row]) -> str:
+    """results.csv: RFC 4180 with `\\n`, empty where there is no value, text made harmless to spreadsheets."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for values in rows:
+        writer.writerow({column: _cell(values[column]) for column in COLUMNS})
+    return buffer.getvalue()
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    if isinstance(value, int):
+        return str(value)
+    text = " ".join(printable(str(value)).split())
+    # A spreadsheet takes a cell that starts like this for a formula.
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def printable(text: str) -> str:
+    """`text` without terminal codes and other control characters; line breaks and tabs stay."""
+    text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])", "", text)
+    return "".join(c for c in text if c in "\n\t" or (c.isprintable() and c not in "\u2028\u2029"))
+
+
+PUBLISHED_BASELINE = "npu_fused_attention"
+PUBLISHED_DEVICE = "Ascend 910B2"
+TFLOPS_TOLERANCE = 0.01
+"""A CSV's tflops may differ by this much, which rounding of short times explains."""
+QUERY_TILE = 128
+"""Queries that one AI core of the published kernel takes, which says how many cores a problem occupies."""
+
+
+def load_csv(path: Path, text: str, device_name: str | None) -> tuple[list[Row], DeviceInfo, list[str]]:
+    """The rows of a CSV whose columns include results.csv's first seven, the device they are taken for, and warnings.
+
+    Rates are computed afresh from times; a CSV's own that disagree make a warning. `device_name` overrides what the
+    CSV says. Raises AttnbenchError naming the line and the column at fault.
+    """
+    parsed, warnings = _parse(path, text)
+    device, notes = _device_of(path, [values for _, values in parsed], device_name)
+    plain = not any(values["device_name"] for _, values in parsed)
+    rows, seen = [], set()
+    for number, values in parsed:
+        problem = _problem_of(path, number, values, device)
+        key = (problem.case_id, values["kernel"])
+        if key in seen:
+            raise AttnbenchError(f"{path}, line {number}: {' on '.join(key)} is there twice")
+        seen.add(key)
+        warnings += _disagreements(path, number, values, problem)
+        if plain and device.kind == "npu" and device.cores and values["used_cores"] is None:
+            values["used_cores"] = min(device.cores, -(-problem.seqlen_q // QUERY_TILE))
+        rows.append(
+            values
+            | _shape(problem)
+            | {"device": device.kind, "device_name": device.name, "schema_version": SCHEMA_VERSION}
+            | rates(values, problem, device)
+        )
+    return rows, device, warnings + notes
+
+
+def _parse(path: Path, text: str) -> tuple[list[tuple[int, Row]], list[str]]:
+    lines = list(csv.reader(io.StringIO(text)))
+    if not lines:
+        raise AttnbenchError(f"{path} is empty", f"its first line must be {','.join(LEAD_COLUMNS)}")
+    columns = [name.strip() for name in lines[0]]
+    for name in LEAD_COLUMNS:
+        if name not in columns:
+            raise AttnbenchError(f"{path} lacks the column {name}", f"it needs {','.join(LEAD_COLUMNS)}")
+    parsed = []
+    for number, fields in enumerate(lines[1:], 2):
+        if not fields:
+            continue
+        if len(fields) != len(columns):
+            raise AttnbenchError(f"{path}, line {number} has {len(fields)} fields of {len(columns)}: is it cut?")
+        parsed.append((number, _parse_row(path, number, dict(zip(columns, fields)))))
+    if not parsed:
+        raise AttnbenchError(f"{path} has no rows below its header")
+    cut = [] if text.endswith("\n") else [f"{path}: the last line has no line break; it may be cut"]
+    return parsed, cut
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"\d+", text.strip()) or int(text) < 1:
+        raise ValueError("must be a whole number of at least 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError("must be a number above 0")
+    return value
+
+
+def _error(text: str) -> float:
+    return 0.0 if text.strip() and float(text) == 0 else _positive(text)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError("must be true or false")
+    return text.lower() == "true"
+
+
+def _status(text: str) -> str:
+    return Status(text).value
+
+
+_PARSERS: Mapping[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("sq", "sk", "head_size", "flops_total", "batch", "heads_q", "heads_kv", "head_dim_v"), _whole),
+    **dict.fromkeys(("n_samples", "n_blocks", "used_cores", "schema_version"), _whole),
+    **dict.fromkeys(("time_us", "tflops", "mean_us", "median_us", "p10_us", "p90_us", "ci95_low_us"), _positive),
+    **dict.fromkeys(("ci95_high_us", "host_us", "tflops_gemm", "gbps", "pct_peak", "normalized_tflops"), _positive),
+    **dict.fromkeys(("err_budget", "max_abs_err"), _error),
+    "clock_mhz": _positive,
+    "causal": _boolean,
+    "status": _status,
+}
+_REQUIRED = ("sq", "sk", "head_size", "kernel")
+
+
+def _parse_row(path: Path, number: int, fields: Mapping[str, str]) -> Row:
+    values: Row = dict.fromkeys(COLUMNS)
+    for column in COLUMNS:
+        text = fields.get(column, "").strip()
+        if not text:
+            continue
+        try:
+            values[column] = _PARSERS.get(column, str)(text)
+        except ValueError as error:
+            raise AttnbenchError(f"{path}, line {number}: {column} is {text!r}: {error}") from error
+    for column in _REQUIRED:
+        if values[column] is None:
+            raise AttnbenchError(f"{path}, line {number}: {column} is empty")
+    values["status"] = values["status"] or Status.PASSED.value
+    passed = values["status"] == Status.PASSED.value
+    if passed != (values["time_us"] is not None):
+        state = "has no time_us" if passed else f"is {values['status']} and has a time_us"
+        raise AttnbenchError(f"{path}, line {number}: {values['kernel']} {state}")
+    return values
+
+
+def _device_of(path: Path, rows: Sequence[Row], device_name: str | None) -> tuple[DeviceInfo, list[str]]:
+    """The device the rows name, or the one the published table was measured on, or `device_name`."""
+    named = {(values["device"], values["device_name"]) for values in rows}
+    if len(named) > 1:
+        raise AttnbenchError(f"{path} holds rows of several devices", "one table is of one device: split it")
+    kind, name = named.pop()
+    published = any(values["kernel"] == PUBLISHED_BASELINE for values in rows)
+    if kind not in DEVICE_KINDS:
+        kind = "npu" if published else "cpu"
+    if device_name:
+        return known_device(device_name, kind), []
+    if name:
+        cores = set(map(_cores, rows)) - {None}
+        device = known_device(name, kind)
+        return (dataclasses.replace(device, cores=cores.pop()) if len(cores) == 1 else device), []
+    if published:
+        note = f"taken for an {PUBLISHED_DEVICE} (24 cores, one for every {QUERY_TILE} queries); see --device-name"
+        return known_device(PUBLISHED_DEVICE, kind), [note]
+    return DeviceInfo(kind=kind, name="unknown", cores=None), ["the CSV names no device; see --device-name"]
+
+
+def _cores(values: Row) -> int | None:
+    """The device's cores that a row was normalized with."""
+    tflops, normalized, used = values["tflops"], values["normalized_tflops"], values["used_cores"]
+    return round(normalized / tflops * used) if normalized and tflops and used else None
+
+
+def _problem_of(path: Path, number: int, values: Row, device: DeviceInfo) -> Problem:
+    fields = ("batch", "heads_q", "heads_kv", "head_dim_v", "dtype", "causal", "direction")
+    given = {name: values[name] for name in fields if values[name] is not None}
+    suffixes = dict(re.findall(r"-(w|s)([\d.e-]*\d)", values["case_id"] or ""))
+    if "w" in suffixes:
+        given["window"] = int(suffixes["w"])
+    if "s" in suffixes:
+        given["softmax_scale"] = float(suffixes["s"])
+    try:
+        problem = Problem(seqlen_q=values["sq"], seqlen_k=values["sk"], head_dim=values["head_size"], **given)
+    except ValueError as error:
+        raise AttnbenchError(f"{path}, line {number}: {error}") from error
+    return problem.resolve(device.kind)
+
+
+def _disagreements(path: Path, number: int, values: Row, problem: Problem) -> list[str]:
+    """Where the CSV's own flops_total or tflops are not what its shape and time give."""
+    found = []
+    if values["flops_total"] not in (None, problem.flops):
+        found.append(
+            f"{path}, line {number}: flops_total is {values['flops_total']}, the formula gives {problem.flops}"
+        )
+    if values["tflops"] and values["time_us"]:
+        tflops = problem.flops / values["time_us"] / 1e6
+        if abs(values["tflops"] / tflops - 1) > TFLOPS_TOLERANCE:
+            found.append(f"{path}, line {number}: tflops is {values['tflops']:g}, its time gives {tflops:.4g}")
+    return found

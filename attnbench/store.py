@@ -1,0 +1,177 @@
+"""Owns a run on disk: its directory, its append-only record, and reading it back. Knows no table.
+
+`results.jsonl` is the record: a line a Result, flushed to the disk before the next case starts. `results.csv` and
+`report.md` are made from it and replaced whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnbench.devices import DeviceInfo
+from attnbench.errors import AttnbenchError
+from attnbench.result import Result
+from attnbench.rows import SCHEMA_VERSION, Row, csv_text, load_csv, row
+
+RUN_FILE, RECORD_FILE, CSV_FILE, REPORT_FILE = "run.json", "results.jsonl", "results.csv", "report.md"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Put `text` at `path` whole or not at all. Raises AttnbenchError where the file system refuses."""
+    try:
+        handle, staged = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+            os.chmod(staged, 0o644)
+            os.replace(staged, path)
+        except BaseException:
+            os.unlink(staged)
+            raise
+    except OSError as error:
+        raise _cannot("write", path, error) from error
+
+
+class RunWriter:
+    """Writes one run directory as the run goes; every finished Result survives whatever happens next."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any], device: DeviceInfo) -> None:
+        """Start a run in `path`, which must be new or an empty folder.
+
+        Raises AttnbenchError where it is something else or cannot be written.
+        """
+        self.path = path
+        self._device = device
+        self._results: list[Result] = []
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            occupied = any(path.iterdir())
+        except FileExistsError:
+            occupied = True
+        except OSError as error:
+            raise _cannot("make", path, error) from error
+        if occupied:
+            what = "holds a run already" if (path / RUN_FILE).is_file() else "exists and is not a run"
+            raise AttnbenchError(f"{path} {what}", "name a new or an empty folder with --out")
+        write_atomically(path / RUN_FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(path / RECORD_FILE, "")
+        self._write_csv()
+
+    def add(self, results: Iterable[Result]) -> None:
+        """Append results to the record and renew the CSV. Raises AttnbenchError, the record ending at a whole line."""
+        results = list(results)
+        record = self.path / RECORD_FILE
+        try:
+            with open(record, "r+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                try:
+                    file.write("".join(map(_line, results)).encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), size)
+                    raise
+        except OSError as error:
+            raise _cannot("write", record, error) from error
+        self._results += results
+        self._write_csv()
+
+    def _write_csv(self) -> None:
+        write_atomically(self.path / CSV_FILE, csv_text(row(result, self._device) for result in self._results))
+
+    def finish(self, report: str) -> None:
+        """Write report.md."""
+        write_atomically(self.path / REPORT_FILE, report)
+
+    @property
+    def results(self) -> tuple[Result, ...]:
+        return tuple(self._results)
+
+
+def _line(result: Result) -> str:
+    return json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def _cannot(verb: str, path: Path, error: OSError) -> AttnbenchError:
+    return AttnbenchError(
+        f"cannot {verb} {path}: {error.strerror or error}", "what was finished before is kept; try another --out"
+    )
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run directory or a CSV holds."""
+
+    source: Path
+    rows: tuple[Row, ...]
+    device: DeviceInfo
+    results: tuple[Result, ...] = ()
+    """Empty for a CSV, which holds no raw times."""
+    header: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """run.json, empty for a CSV."""
+    warnings: tuple[str, ...] = ()
+
+
+def load(path: Path, device_name: str | None = None) -> Record:
+    """Read a run directory, or a CSV with at least results.csv's first seven columns.
+
+    `device_name` says what device a CSV's numbers are of. Raises AttnbenchError naming what is wrong.
+    """
+    if path.is_dir():
+        return _load_run(path)
+    rows, device, warnings = load_csv(path, _read(path), device_name)
+    return Record(path, tuple(rows), device, warnings=tuple(warnings))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise AttnbenchError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise AttnbenchError(f"{path} is not UTF-8 text", "give a run directory or a CSV") from error
+
+
+def _load_run(path: Path) -> Record:
+    if not (path / RUN_FILE).is_file():
+        raise AttnbenchError(f"{path} is not a run: it has no {RUN_FILE}", "give a run directory or a CSV")
+    try:
+        header = json.loads(_read(path / RUN_FILE))
+        if header["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"its schema_version is {header['schema_version']!r}, not {SCHEMA_VERSION}")
+        device = DeviceInfo.from_json(header["device"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AttnbenchError(f"{path / RUN_FILE} cannot be read: {_words(error)}") from error
+    results, warnings = _parse_record(path / RECORD_FILE)
+    return Record(path, tuple(row(r, device) for r in results), device, results, header, warnings)
+
+
+def _parse_record(path: Path) -> tuple[tuple[Result, ...], tuple[str, ...]]:
+    text = _read(path)
+    lines = text.split("\n")
+    warnings = []
+    if lines[-1]:
+        warnings.append(f"{path}: the last line is cut and was dropped")
+    results: dict[tuple[str, str], Result] = {}
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            result = Result.from_json(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AttnbenchError(f"{path}, line {number} is no result: {_words(error)}") from error
+        if result.key in results:
+            raise AttnbenchError(f"{path}, line {number}: {' on '.join(result.key)} is there twice")
+        results[result.key] = result
+    if not results:
+        raise AttnbenchError(f"{path} holds no results", "the run ended before its first case did")
+    return tuple(results.values()), tuple(warnings)
+
+
+def _words(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)

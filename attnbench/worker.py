@@ -1,0 +1,182 @@
+"""Owns one backend while it runs: its tensors, its callable, and what its exceptions mean. Knows no judge and no table.
+
+It answers the runner in plain values and CPU tensors, so that it can live in another process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from attnbench import registry
+from attnbench.devices import Device
+from attnbench.environment import without_home
+from attnbench.jit import CompileError
+from attnbench.problem import Problem
+from attnbench.registry import BackendInfo
+from attnbench.result import Status
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnbench.reference import Inputs
+
+REASON_LENGTH = 400
+
+
+class CaseFailed(Exception):
+    """A case ended with a status other than PASSED, and why."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(f"{status}: {reason}")
+        self.status = status
+        self.reason = reason
+
+
+class _TimeIsUp(BaseException):
+    """Raised by the alarm in whatever a backend is doing; no `except Exception` of its own stops it."""
+
+
+class Worker:
+    """One backend on one device. Every method raises CaseFailed where the backend fails, never its own exceptions."""
+
+    def __init__(self, info: BackendInfo, device: Device, timeout_s: float) -> None:
+        """`timeout_s` bounds each call of a method."""
+        self._backend = registry.load(info)
+        self._device = device
+        self._timeout_s = timeout_s
+        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
+        self._call: Callable[[], Tensor] | None = None
+
+    def unsupported(self, problem: Problem) -> str | None:
+        with self._guard("unsupported()"):
+            return self._backend.unsupported(problem)
+
+    def parallel_units(self, problem: Problem) -> int | None:
+        with self._guard("parallel_units()"):
+            units = getattr(self._backend, "parallel_units", lambda _: None)(problem)
+        if units is not None and not (isinstance(units, int) and units >= 1):
+            raise CaseFailed(Status.RUNTIME_ERROR, f"parallel_units() returned {units!r}, not a number of cores")
+        return units
+
+    def prepare(self, problem: Problem, inputs: Inputs) -> None:
+        """Put the inputs on the device and let the backend prepare on them."""
+        self.release()
+        with self._guard("prepare()"):
+            q, k, v = (tensor.to(self._device.kind, copy=True) for tensor in (inputs.q, inputs.k, inputs.v))
+            self._inputs = (q, k, v)
+            call = self._backend.prepare(problem, q, k, v)
+            self._device.synchronize()
+        if not callable(call):
+            raise CaseFailed(Status.RUNTIME_ERROR, f"prepare() returned {call!r}, nothing to call")
+        self._call = call
+
+    def renew(self, inputs: Inputs) -> None:
+        """Overwrite the prepared q, k and v with other values of the same problem."""
+        for tensor, value in zip(self._tensors, (inputs.q, inputs.k, inputs.v)):
+            tensor.copy_(value)
+        self._device.synchronize()
+
+    def changed_inputs(self, inputs: Inputs) -> list[str]:
+        """Which of q, k and v no longer hold what was put there."""
+        pairs = zip("qkv", self._tensors, (inputs.q, inputs.k, inputs.v))
+        return [name for name, tensor, value in pairs if not tensor.cpu().equal(value)]
+
+    def output(self) -> object:
+        """Call once; a plain tensor comes back as a copy on the CPU, anything else as it is."""
+        import torch
+
+        call = self._prepared
+        with self._guard("the call"):
+            output = call()
+            self._device.synchronize()
+            if type(output) is torch.Tensor and output.device.type == self._device.kind:
+                return output.detach().to("cpu", copy=True)
+        return output
+
+    def time_calls(self, count: int, *, cold: bool) -> list[float]:
+        """Times in µs of `count` calls."""
+        call = self._prepared
+        with self._guard("a timed call"):
+            return self._device.time_calls(call, count, cold=cold)
+
+    def host_us(self, count: int) -> list[float]:
+        """CPU times in µs until each of `count` eager calls returns."""
+        call = self._prepared
+        with self._guard("a call"):
+            return self._device.host_us(call, count)
+
+    def release(self) -> None:
+        """Let go of the inputs and the callable, and with them of the backend's memory."""
+        self._inputs = self._call = None
+
+    @property
+    def _prepared(self) -> Callable[[], Tensor]:
+        if self._call is None:
+            raise RuntimeError("prepare() comes before any call")
+        return self._call
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._inputs is None:
+            raise RuntimeError("prepare() comes before its inputs are used")
+        return self._inputs
+
+    @contextlib.contextmanager
+    def _guard(self, doing: str) -> Iterator[None]:
+        """Turn whatever the backend raises, or its running out of time, into CaseFailed."""
+        try:
+            with _alarm(self._timeout_s):
+                yield
+        except _TimeIsUp:
+            raise CaseFailed(Status.TIMEOUT, f"{doing} took longer than {self._timeout_s:g} s") from None
+        except (Exception, SystemExit) as error:  # a backend may raise anything, and may try to end the process
+            raise CaseFailed(_status(error), without_home(f"{doing}: {_words(error)}")) from error
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise _TimeIsUp in the main thread after that long; it reaches Python code, and C code when it returns."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(_signal: int, _frame: FrameType | None) -> None:
+        raise _TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@functools.cache
+def _out_of_memory_errors() -> tuple[type[BaseException], ...]:
+    import torch
+
+    return (MemoryError, torch.OutOfMemoryError)
+
+
+def _status(error: BaseException) -> Status:
+    if isinstance(error, CompileError):
+        return Status.COMPILE_ERROR
+    # The CPU's allocator has no exception type of its own.
+    if isinstance(error, _out_of_memory_errors()) or "can't allocate memory" in str(error):
+        return Status.OOM
+    return Status.RUNTIME_ERROR
+
+
+def _words(error: BaseException) -> str:
+    """The error in one line: its type, unless its message is made for users, and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no message"
+    text = text if isinstance(error, CompileError) else f"{type(error).__name__}: {text}"
+    return text[:REASON_LENGTH]

@@ -1,0 +1,1 @@
+"""The compiled kernels' sources, as package data."""

@@ -1,0 +1,29 @@
+"""The mask of a problem as a torch tensor, for plugins whose library wants one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attnbench import Problem
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def visible(problem: Problem, device: torch.device) -> Tensor | None:
+    """Which keys each query sees, (seqlen_q, seqlen_k) bool; None where every query sees all."""
+    import torch
+
+    if not problem.causal and problem.window is None:
+        return None
+    rows = torch.arange(problem.seqlen_q, device=device)[:, None] + (problem.seqlen_k - problem.seqlen_q)
+    keys = torch.arange(problem.seqlen_k, device=device)
+    mask = (
+        keys <= rows
+        if problem.causal
+        else torch.ones(problem.seqlen_q, problem.seqlen_k, dtype=torch.bool, device=device)
+    )
+    if problem.window is not None:
+        mask = mask & (keys > rows - problem.window) & (keys < rows + problem.window)
+    return mask

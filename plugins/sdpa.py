@@ -1,0 +1,68 @@
+"""torch's scaled_dot_product_attention, which picks a fused kernel by itself. The default baseline on cpu and cuda."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from attnbench import Backend, Problem, hookimpl
+from attnbench.problem import DeviceKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Sdpa(Backend):
+    """torch.nn.functional.scaled_dot_product_attention."""
+
+    name = "sdpa"
+    summary = "torch.nn.functional.scaled_dot_product_attention"
+    homepage = "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html"
+
+    def __init__(self, device: DeviceKind) -> None:
+        self.device = device
+
+    def unavailable(self) -> str | None:
+        from attnbench.devices import device
+
+        return device(self.device).unavailable()
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return None if problem.direction == "fwd" else "forward only"
+
+    def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        from torch.nn.attention.bias import causal_lower_right
+        from torch.nn.functional import scaled_dot_product_attention
+
+        from attnbench_plugins.masks import visible
+
+        # torch's is_causal is aligned top-left, which is the same only for as many queries as keys.
+        square = problem.causal and problem.window is None and problem.seqlen_q == problem.seqlen_k
+        # causal_lower_right reaches the flash kernel on a GPU. On a CPU it would build its mask anew at each call, and
+        # with more queries than keys it gives NaN.
+        lower_right = (
+            self.device == "cuda" and problem.causal and problem.window is None and problem.seqlen_q < problem.seqlen_k
+        )
+        mask = causal_lower_right(problem.seqlen_q, problem.seqlen_k) if lower_right else None
+        if not square and mask is None:
+            mask = visible(problem, q.device)
+        scale, grouped = problem.softmax_scale, problem.heads_q != problem.heads_kv
+
+        def call() -> Tensor:
+            return scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
+            )
+
+        return call
+
+    def parallel_units(self, problem: Problem) -> int | None:
+        if self.device != "cpu":
+            return None
+        import torch
+
+        return torch.get_num_threads()
+
+
+@hookimpl
+def attnbench_backends() -> Iterable[Backend]:
+    return [Sdpa("cpu"), Sdpa("cuda")]
