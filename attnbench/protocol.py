@@ -30,11 +30,11 @@ WARM_UP_S = 0.02
 BLOCK_S = 0.05
 """`adaptive` times a backend for at least this long in a round…"""
 MIN_CALLS = 3
-MAX_CALLS = 2000
+MAX_CALLS = 1000
 """…with no fewer and no more calls than these."""
 LOOKS = (5, 8, 12, 18)
 """`adaptive` looks at the intervals after this many blocks, and ends with the last."""
-TARGET_HALF_WIDTH = 0.01
+TARGET_HALF_WIDTH = 0.02
 """Relative half-width of every interval at which `adaptive` stops."""
 HOST_CALLS = 5
 

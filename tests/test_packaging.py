@@ -1,0 +1,99 @@
+"""The distribution: what it lists is what lies there, and what it installs works away from the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"attnbench": "attnbench", "plugins": "attnbench_plugins", "kernels": "attnbench_kernels"}
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_package_list_is_the_folders(pyproject: dict) -> None:
+    found = set()
+    for folder, package in FOLDERS.items():
+        for module in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join([package, *module.parent.relative_to(ROOT / folder).parts]))
+    assert set(pyproject["tool"]["setuptools"]["packages"]) == found
+    assert pyproject["tool"]["setuptools"]["package-dir"] == {package: folder for folder, package in FOLDERS.items()}
+
+
+def test_every_kernel_source_is_package_data(pyproject: dict) -> None:
+    patterns = pyproject["tool"]["setuptools"]["package-data"]["attnbench_kernels"]
+    packed = {path for pattern in patterns for path in (ROOT / "kernels").glob(pattern)}
+    sources = {p for p in (ROOT / "kernels").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert sources
+    assert packed == sources
+
+
+def test_every_plugin_module_with_a_hook_is_an_entry_point(pyproject: dict) -> None:
+    entries = pyproject["project"]["entry-points"]["attnbench.backends"]
+    hooked = {p for p in (ROOT / "plugins").rglob("*.py") if "@hookimpl" in p.read_text()}
+    modules = {p.relative_to(ROOT / "plugins").with_suffix("").as_posix().replace("/", ".") for p in hooked}
+    names = {module.removesuffix(".__init__") for module in modules}
+    assert entries == {name: f"attnbench_plugins.{name}" for name in names}
+
+
+def test_torch_npu_is_an_extra_and_never_a_default(pyproject: dict) -> None:
+    assert any(need.startswith("torch-npu") for need in pyproject["project"]["optional-dependencies"]["npu"])
+    assert not any(need.startswith("torch-npu") for need in pyproject["project"]["dependencies"])
+
+
+def test_what_make_installs_is_pinned(pyproject: dict) -> None:
+    pins = {
+        line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
+    for need in (*pyproject["project"]["dependencies"], *pyproject["project"]["optional-dependencies"]["test"]):
+        name = need.partition(">")[0].partition(";")[0].strip().lower()
+        assert name in pins or "python_version < " in need, need
+
+
+def _run(*command: str | Path, cwd: Path, env: dict[str, str]) -> str:
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_a_wheel_built_from_the_sdist_runs_in_a_bare_venv(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "ATTNBENCH", "VIRTUAL"))}
+    env |= {"ATTNBENCH_CACHE_DIR": str(tmp_path / "cache"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    # `python -m build` makes the sdist first and the wheel from what is in it.
+    _run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT, cwd=tmp_path, env=env)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    _run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, cwd=tmp_path, env=env)
+    attnbench = tmp_path / "venv" / "bin" / "attnbench"
+
+    where = _run(python, "-c", "import attnbench_kernels; print(attnbench_kernels.__file__)", cwd=tmp_path, env=env)
+    assert str(ROOT) not in where
+
+    listed = _run(attnbench, "list", cwd=tmp_path, env=env)
+    assert {line.split()[0] for line in listed.splitlines()[2:]} >= {
+        "gemm_ref",
+        "jit_flash",
+        "npu_fused_attention",
+        "sdpa",
+    }
+
+    table = _run(attnbench, "run", "--suite", "smoke", "--budget", "0.5", cwd=tmp_path, env=env)
+    assert "jit_flash vs sdpa" in table
+    (record,) = (tmp_path / "reports").glob("*/results.csv")
+    statuses = [line for line in record.read_text().splitlines() if ",jit_flash," in line]
+    assert len(statuses) == 3
+    assert all(",PASSED," in line for line in statuses)
