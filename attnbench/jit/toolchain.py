@@ -1,0 +1,176 @@
+"""Owns the C++ compiler: which one, with which flags, how it is run, and how its errors read.
+
+Knows nothing of the cache, and nothing of what is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from attnbench import settings
+from attnbench.errors import AttnbenchError
+
+_VERSION_TIMEOUT_S = 30.0
+
+
+class CompileError(AttnbenchError):
+    """A source that does not compile, or a library that does not load; a case that ends in it is COMPILE_ERROR.
+
+    `message` is the compiler's first error line, file names without their directories; `log` is all it wrote on
+    stderr, and empty where it wrote nothing.
+    """
+
+    def __init__(self, message: str, log: str = "", hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.log = log
+
+
+class ToolchainMissing(AttnbenchError):
+    """There is no compiler, or the one that was named does not run."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A compiler with its base flags. Anything that takes g++'s arguments and makes a shared library will do."""
+
+    compiler: Path
+    """Absolute, since it runs in another folder."""
+    version_output: str
+    """All that `--version` prints (see `version_output`); a change in it recompiles."""
+    flags: tuple[str, ...]
+    """Come before the source; those given to `attnbench.jit.compile` come after it."""
+    suffix: str = ".dylib" if sys.platform == "darwin" else ".so"
+    """What the library's name ends in."""
+
+    @property
+    def version(self) -> str:
+        """The first line of `version_output`, for tables."""
+        return self.version_output.partition("\n")[0].strip()
+
+    def run(
+        self, source: str, library: str, *, cwd: Path, include: Sequence[Path], flags: Sequence[str], timeout_s: float
+    ) -> None:
+        """Compile `source` into `library`, both relative to `cwd`, which takes the temporary files too.
+
+        Raises CompileError where the compiler fails, cannot be run or takes more than `timeout_s` seconds.
+        """
+        command = [str(self.compiler), *self.flags, *(f"-I{path}" for path in include), source, "-o", library, *flags]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=cwd,
+                env=_environment() | {"TMPDIR": str(cwd)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            log = (error.stderr or b"").decode(errors="replace")
+            raise CompileError(f"{self.compiler.name} took more than {timeout_s:g} s", log) from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in a flag
+            raise CompileError(f"{self.compiler.name} cannot be run: {error}") from error
+        log = done.stderr.decode(errors="replace")
+        if done.returncode:
+            raise CompileError(_first_error(log) or f"{self.compiler.name}: {_ending(done.returncode)}", log)
+
+
+def cpp_toolchain() -> Toolchain:
+    """The C++ compiler of ATTNBENCH_CXX or CXX, else the first of c++, g++ and clang++ on PATH, tuned to this CPU.
+
+    Raises ToolchainMissing where there is none or it does not answer `--version`.
+    """
+    named = settings.cxx()
+    found = next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
+    if found is None and named:
+        raise ToolchainMissing(
+            f"the C++ compiler {named!r}, set by ATTNBENCH_CXX or CXX, was not found",
+            "set it to one executable, without options, or unset it",
+        )
+    if found is None:
+        raise ToolchainMissing("no C++ compiler on PATH", "install g++ (apt-get install g++) or set CXX")
+    # Links stay unresolved: clang++ and ccache tell from the name they are called by what they are to do.
+    compiler = Path(found).absolute()
+    flags = ("-O3", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", *_native_flags())
+    return Toolchain(compiler, version_output(compiler), flags)
+
+
+def version_output(compiler: Path) -> str:
+    """What `compiler --version` prints, asked once per process and compiler file.
+
+    Raises ToolchainMissing where it cannot be run or fails.
+    """
+    try:
+        info = compiler.stat()
+        return _version_output(compiler, info.st_mtime_ns, info.st_size)
+    except OSError as error:
+        reason = error.strerror
+    except subprocess.TimeoutExpired:
+        reason = f"took more than {_VERSION_TIMEOUT_S:g} s"
+    except subprocess.CalledProcessError as error:
+        reason = _ending(error.returncode)
+    raise ToolchainMissing(f"{compiler} --version: {reason}", "repair it, or set CXX to another")
+
+
+@lru_cache
+def _version_output(compiler: Path, mtime_ns: int, size_bytes: int) -> str:
+    done = subprocess.run(
+        [str(compiler), "--version"],
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=_VERSION_TIMEOUT_S,
+        check=True,
+    )
+    return done.stdout.decode(errors="replace")
+
+
+@lru_cache
+def cpu_features() -> str:
+    """The instruction sets that -march=native may use here; a library is only good where they are the same."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name.strip() in ("flags", "Features"):
+                    return " ".join(sorted(value.split()))
+    except OSError:
+        pass  # no Linux
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _native_flags() -> tuple[str, ...]:
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        return ("-march=native",)
+    # On ARM, -march=native leaves the tuning out, and older clangs refuse it.
+    return ("-mcpu=native",) if machine in ("aarch64", "arm64") else ()
+
+
+def _environment() -> dict[str, str]:
+    """What a compiler needs to run, and nothing (CPATH, LIBRARY_PATH, …) that would change its output unseen."""
+    return {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ} | {"LC_ALL": "C"}
+
+
+def _first_error(log: str) -> str:
+    lines = [line for line in log.splitlines() if line.strip()]
+    # collect2 only repeats that the linker failed; the linker has said why before.
+    errors = [line for line in lines if re.search(r"\berror: ", line) and not line.startswith("collect2")]
+    line = next(iter(errors or lines), "")
+    place, colon, rest = line.partition(":")
+    return (place.rpartition("/")[2] if colon else place) + colon + rest
+
+
+def _ending(returncode: int) -> str:
+    return f"killed by signal {-returncode}" if returncode < 0 else f"exit status {returncode}"

@@ -1,0 +1,12 @@
+"""Owns the plugin `jit_flash`: flash attention compiled on the machine that runs it, one module a device."""
+
+from __future__ import annotations
+
+from attnbench.backend import Backend
+from attnbench.hookspecs import hookimpl
+from attnbench_plugins.jit_flash.cpu import JitFlashCpu
+
+
+@hookimpl
+def attnbench_backends() -> list[Backend]:
+    return [JitFlashCpu()]
