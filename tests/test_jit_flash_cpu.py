@@ -1,0 +1,338 @@
+"""jit_flash on a CPU, against float64: every shape, mask, dtype and stride it claims, and inputs made to break it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from importlib.resources import files
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnbench import jit
+from attnbench.problem import Problem
+from attnbench_plugins.jit_flash import attnbench_backends
+from attnbench_plugins.jit_flash.cpu import MAX_HEAD_DIM, TILE, JitFlashCpu
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SOURCE = files("attnbench_kernels") / "cpu" / "flash_attention.cpp"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTNBENCH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def problem(seqlen_q: int, seqlen_k: int, **fields) -> Problem:
+    return Problem(seqlen_q=seqlen_q, seqlen_k=seqlen_k, **{"head_dim": 64, "dtype": "fp32", **fields})
+
+
+def inputs(case: Problem, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (case.q_shape, case.k_shape, case.v_shape)
+    return tuple(torch.randn(shape, generator=generator).to(DTYPES[case.dtype]) for shape in shapes)
+
+
+def attention(case: Problem, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention step by step in `dtype`, the mask from key_range."""
+    group = case.heads_q // case.heads_kv
+    q, k, v = q.to(dtype), k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
+    hidden = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool)
+    for row in range(case.seqlen_q):
+        low, high = case.key_range(row)
+        hidden[row, low:high] = False
+    scores = (q @ k.mT * case.softmax_scale).masked_fill(hidden, -math.inf)
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ v
+
+
+def verify(case: Problem, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """The error against float64 is at most twice that of plain fp32 attention, plus an ulp of the largest output.
+
+    For fp16 and bf16 the ulp is theirs: the arithmetic is fp32 there too.
+    """
+    assert out.shape == case.out_shape
+    assert out.dtype == DTYPES[case.dtype]
+    truth = attention(case, q, k, v, torch.float64)
+    plain = attention(case, q, k, v, torch.float32)
+    ulp = torch.finfo(out.dtype).eps * 2.0 ** math.floor(math.log2(truth.abs().max().item() or 1.0))
+    error = (out.double() - truth).abs().max().item()
+    assert error <= 2 * (plain.double() - truth).abs().max().item() + ulp
+
+
+def check(case: Problem, *tensors: Tensor) -> Tensor:
+    q, k, v = tensors or inputs(case)
+    out = JitFlashCpu().prepare(case, q, k, v)()
+    verify(case, q, k, v, out)
+    return out
+
+
+LENGTHS = [(64, 64), (128, 1024), (1, 1), (1, 257), (17, 33), (33, 17), (65, 65), (257, 1), (257, 193), (300, 500)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), LENGTHS)
+def test_lengths(seqlen_q, seqlen_k, dtype):
+    check(problem(seqlen_q, seqlen_k, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dims", [(1, 1), (1, 64), (40, 40), (64, 64), (128, 128), (256, 256), (192, 128), (64, 7), (31, 256)]
+)
+def test_head_dims(dims, dtype):
+    check(problem(70, 130, head_dim=dims[0], head_dim_v=dims[1], dtype=dtype))
+
+
+@pytest.mark.parametrize("remainder", range(6))
+def test_every_remainder_of_rows_in_registers(remainder):
+    check(problem(65, 144 + remainder, head_dim_v=12 + remainder))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)])
+def test_heads_and_batch(heads, dtype):
+    check(problem(65, 100, batch=3, heads_q=heads[0], heads_kv=heads[1], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(200, 200), (1, 300), (33, 300), (65, 257), (300, 33), (257, 256), (193, 1)])
+def test_causal(lengths, dtype):
+    check(problem(*lengths, causal=True, dtype=dtype))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [1, 2, 17, 64, 130, 2**62])
+@pytest.mark.parametrize("lengths", [(300, 300), (65, 400), (400, 65)])
+def test_window(lengths, window, causal):
+    check(problem(*lengths, window=window, causal=causal))
+
+
+def test_scale():
+    check(problem(65, 100, softmax_scale=0.731))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_without_keys_are_zeros(causal):
+    case = problem(150, 70, causal=causal, window=5)
+    empty = [row for row in range(150) if case.key_range(row) == (0, 0)]
+    assert len(empty) > TILE, "a whole tile of them, and some beside rows that see keys"
+    q, k, v = inputs(case)
+    v[:, :, 0] = math.inf
+    out = JitFlashCpu().prepare(case, q, k, v)()
+    assert torch.equal(out[:, :, empty], torch.zeros(1, 1, len(empty), 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides(dtype):
+    """BSHD seen as BHSD, and rows and heads cut out of larger tensors."""
+    case = problem(70, 130, batch=2, heads_q=4, heads_kv=2, dtype=dtype, causal=True)
+    q, k, v = inputs(case)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    k = torch.cat([k, k], -1)[..., 64:]
+    v = torch.cat([v, v], 2)[:, :, 130:]
+    assert not any(tensor.is_contiguous() for tensor in (q, k, v))
+    assert torch.equal(check(case, q, k, v), check(case, *(tensor.contiguous() for tensor in (q, k, v))))
+
+
+def test_expanded_keys():
+    case = problem(70, 130, batch=2, heads_q=3)
+    q, k, v = inputs(case)
+    check(case, q, k[:1, :1].expand(case.k_shape), v[:, :, :1].expand(case.v_shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_large_logits(dtype, causal):
+    case = problem(130, 600, dtype=dtype, causal=causal)
+    q, k, v = inputs(case)
+    q = q * (100 / (q.float() @ k.float().mT * case.softmax_scale).abs().max()).to(q.dtype)
+    check(case, q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outliers(dtype):
+    case = problem(130, 600, dtype=dtype)
+    q, k, v = inputs(case)
+    q[..., 3] *= 50
+    k[:, :, ::97, 3] *= 20
+    v[:, :, ::89] *= 1000
+    check(case, q, k, v)
+
+
+@pytest.mark.parametrize("steepness", [2.0, -2.0])
+def test_maxima_that_rise_or_fall(steepness):
+    """Each key outdoes the one before it, so every block rescales what came before; or none does."""
+    case = problem(80, 1000)
+    q, _, v = inputs(case)
+    k = torch.linspace(-steepness, steepness, 1000)[:, None].expand(case.k_shape[2:]).contiguous()
+    check(case, q.abs(), k.expand(case.k_shape), v)
+
+
+def test_one_key_outweighs_all():
+    case = problem(80, 700)
+    q, k, v = inputs(case)
+    q, k = q.abs(), k * 0.01
+    k[:, :, 411] = 1000.0
+    assert torch.equal(check(case, q, k, v), v[:, :, 411:412].expand(case.out_shape))
+
+
+def test_huge_values():
+    """Scores of ±1e30 and values near the largest float: nothing overflows that need not."""
+    case = problem(80, 300, softmax_scale=1.0)
+    q, k, v = inputs(case)
+    out = JitFlashCpu().prepare(case, q * 1e15, k * 1e14, v * 1e37)()
+    best = (q.double() @ k.double().mT).argmax(-1)
+    assert torch.equal(out, (v * 1e37)[0, 0][best])
+
+
+def test_all_keys_equal():
+    case = problem(80, 300)
+    q, k, v = inputs(case)
+    out = check(case, q, k[:, :, :1].expand(case.k_shape), v)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand(case.out_shape), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_all_equal(dtype):
+    """The output is that value: exactly where it is rounded to fewer bits, else but for what biased sums lose."""
+    case = problem(80, 256, dtype=dtype)
+    q, k, v = inputs(case)
+    q.zero_()
+    v.fill_(1.7)
+    out = JitFlashCpu().prepare(case, q, k, v)()
+    torch.testing.assert_close(out, v[:, :, :80], rtol=2e-6 if dtype == "fp32" else 0, atol=0)
+
+
+def test_rounding_on_store():
+    """The mean of two neighbours is stored as the even one; subnormals of fp16 too."""
+    for dtype, low in ((torch.float16, 1.0), (torch.float16, 3e-7), (torch.bfloat16, 1.0), (torch.bfloat16, 1e-30)):
+        name = next(name for name, value in DTYPES.items() if value == dtype)
+        case = problem(1, 2, head_dim=1, head_dim_v=8, dtype=name)
+        first = (torch.tensor(low, dtype=dtype).view(torch.int16) + torch.arange(8, dtype=torch.int16)).view(dtype)
+        second = (first.view(torch.int16) + 1).view(dtype)
+        q, k = torch.zeros(1, 1, 1, 1, dtype=dtype), torch.zeros(1, 1, 2, 1, dtype=dtype)
+        out = JitFlashCpu().prepare(case, q, k, torch.stack([first, second]).view(1, 1, 2, 8))()
+        assert torch.equal(out[0, 0, 0], ((first.float() + second.float()) / 2).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_come_through(dtype):
+    case = problem(20, 40, dtype=dtype)
+    q, k, v = inputs(case)
+    q[0, 0, 3, 5] = math.nan
+    v[0, 0, 7, 11] = math.inf
+    out = JitFlashCpu().prepare(case, q, k, v)()
+    expected = attention(case, q, k, v, torch.float32)
+    expected[0, 0, 3] = math.nan
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+
+
+def test_repeats_bitwise(threads: Callable[[int], None]):
+    case = problem(500, 700, heads_q=2, causal=True)
+    q, k, v = inputs(case)
+    threads(1)
+    alone = check(case, q, k, v).clone()
+    for count in (2, 3, 50):  # 50 threads: more than tiles
+        threads(count)
+        call = JitFlashCpu().prepare(case, q, k, v)
+        for _ in range(5):
+            assert torch.equal(call(), alone)
+
+
+def test_reads_its_inputs_at_each_call():
+    case = problem(65, 100)
+    tensors = inputs(case)
+    call = JitFlashCpu().prepare(case, *tensors)
+    verify(case, *tensors, call())
+    for which in range(3):
+        tensors[which].copy_(inputs(case, seed=which + 1)[which])
+        call().fill_(math.nan)
+        verify(case, *tensors, call())
+
+
+def test_two_prepared_side_by_side():
+    cases = [problem(65, 100), problem(128, 300, heads_q=2, dtype="bf16", causal=True)]
+    tensors = [inputs(case) for case in cases]
+    calls = [JitFlashCpu().prepare(case, *three) for case, three in zip(cases, tensors)]
+    outs = [call() for call in calls]
+    for case, three, out in zip(cases, tensors, outs):
+        verify(case, *three, out)
+
+
+def test_inputs_stay_alive():
+    case = problem(512, 512)
+    copies = inputs(case)
+    call = JitFlashCpu().prepare(case, *inputs(case))
+    noise = [torch.randn(case.q_shape) for _ in range(8)]
+    verify(case, *copies, call())
+    assert len(noise) == 8
+
+
+def test_refuses_tensors_that_are_not_the_problem():
+    case = problem(65, 100)
+    q, k, v = inputs(case)
+    with pytest.raises(ValueError, match=r"^the last dimension of k must be contiguous: its stride is 100$"):
+        JitFlashCpu().prepare(case, q, k.mT.contiguous().mT, v)
+    with pytest.raises(ValueError, match=r"^v is \(1, 1, 99, 64\) of torch.float32, not what b1-h1-q65-k100-d64-fp32"):
+        JitFlashCpu().prepare(case, q, k, v[:, :, 1:])
+    with pytest.raises(ValueError, match=r"^q is \(1, 1, 65, 64\) of torch.float16"):
+        JitFlashCpu().prepare(case, q.half(), k, v)
+
+
+def test_unsupported():
+    backend = JitFlashCpu()
+    good = problem(8, 8, head_dim=MAX_HEAD_DIM)
+    assert backend.unsupported(good) is None
+    assert (
+        backend.unsupported(dataclasses.replace(good, direction="bwd")) == "direction bwd: the kernel only runs forward"
+    )
+    assert backend.unsupported(dataclasses.replace(good, head_dim=257)) == "head_dim 257 is above 256"
+    assert backend.unsupported(dataclasses.replace(good, head_dim_v=300)) == "head_dim_v 300 is above 256"
+    big = problem(8, 8, head_dim=257)
+    with pytest.raises(ValueError, match=r"^the kernel refuses b1-h1-q8-k8-d257-fp32$"):
+        backend.prepare(big, *inputs(big))
+
+
+def test_unavailable_without_a_compiler(monkeypatch, tmp_path):
+    assert JitFlashCpu().unavailable() is None
+    for name in ("CXX", "ATTNBENCH_CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(jit.ToolchainMissing) as caught:
+        jit.cpp_toolchain()
+    assert JitFlashCpu().unavailable() == f"{caught.value.message}: {caught.value.hint}"
+
+
+def test_parallel_units(threads: Callable[[int], None]):
+    threads(6)
+    units = JitFlashCpu().parallel_units
+    assert [units(problem(n, 8)) for n in (1, TILE, TILE + 1, 5 * TILE, 100 * TILE)] == [1, 1, 2, 5, 6]
+    assert units(problem(1, 8, batch=2, heads_q=2)) == 4
+
+
+def test_constants_are_the_kernels():
+    text = SOURCE.read_text(encoding="utf-8")
+    assert f"constexpr int TILE = {TILE};" in text
+    assert f"constexpr int MAX_DIM = {MAX_HEAD_DIM};" in text
+
+
+def test_the_plugin_brings_it():
+    (backend,) = attnbench_backends()
+    assert (backend.name, backend.device) == ("jit_flash", "cpu")
+    assert backend.summary == "JIT-compiled C++ flash attention (tiled online softmax)"
