@@ -53,6 +53,7 @@ def execute(
     catalogue: Catalogue,
     observer: Observer,
     *,
+    command: Sequence[str],
     out: Path | None = None,
     seed: int = 0,
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -63,7 +64,7 @@ def execute(
     """
     header = {
         "schema_version": SCHEMA_VERSION,
-        "command": environment.command(),
+        "command": list(command),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": dataclasses.asdict(the_plan.info),
         "suite": {"name": the_plan.suite.name, "cases": [problem.case_id for problem in the_plan.suite]},
@@ -161,6 +162,7 @@ def run(
         make_protocol(protocol, warmup, iters, cache, budget_s),
         catalogue,
         _Silent(),
+        command=["attnbench.run"],  # what else this process was started with is nobody's business
         out=Path(out) if out else None,
         seed=seed,
         timeout_s=timeout_s,

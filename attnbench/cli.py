@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from attnbench.result import Result
 
 # No rich markup: help stays fast, and no text from outside is taken for markup.
-app = typer.Typer(name="attnbench", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
-cache_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Show or clear the compiled kernels.")
+app = typer.Typer(name="attnbench", rich_markup_mode=None, pretty_exceptions_enable=False)
+cache_app = typer.Typer(rich_markup_mode=None, help="Show or clear the compiled kernels.")
 app.add_typer(cache_app, name="cache")
 
 DEFAULT_FORMAT = "github"
@@ -34,7 +34,9 @@ Backends = Annotated[
     str | None, typer.Option(help="Names or unique prefixes, comma-separated. [default: all available]")
 ]
 Skip = Annotated[str | None, typer.Option(help="Names or unique prefixes to leave out.")]
-SuiteName = Annotated[str | None, typer.Option(help="A suite's name or a file.toml. [default: pto]", metavar="SUITE")]
+SuiteName = Annotated[
+    str | None, typer.Option("--suite", help="A suite's name or a file.toml. [default: pto]", metavar="SUITE")
+]
 SeqlenQ = Annotated[str | None, typer.Option(help="Query lengths: 128,1k.", metavar="LIST")]
 SeqlenK = Annotated[str | None, typer.Option(help="Key lengths: 1k,8k.", metavar="LIST")]
 HeadDim = Annotated[str | None, typer.Option(help="Head sizes: 64,128 or 192x128 (q and k, v).", metavar="LIST")]
@@ -55,9 +57,19 @@ Baseline = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also tell how every case ended.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"attnbench {version('attnbench')}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """The referee of attention kernels: proves them correct, times them side by side, prints tables to trust.
 
@@ -230,11 +242,17 @@ def run(
             return
         limit = _positive_timeout(timeout)
         _tell_plan(the_plan, f"protocol {how.name}, {how.cache} cache")
-        from attnbench import api, store
+        from attnbench import api, environment, store
         from attnbench.report.tables import Tables, json_text
 
         with _progress(verbose) as observer:
-            outcome = api.execute(the_plan, how, catalogue, observer, out=out, seed=seed, timeout_s=limit)
+            outcome = api.execute(
+                *(the_plan, how, catalogue, observer),
+                command=environment.command(),
+                out=out,
+                seed=seed,
+                timeout_s=limit,
+            )
         if outcome.results:
             tables = Tables(store.load(outcome.path), the_plan.baseline)
             _print(stream, json_text(tables.record.rows) if as_json else tables.render(DEFAULT_FORMAT))
@@ -441,16 +459,20 @@ def _data() -> Iterator[TextIO]:
     os.dup2(2, 1)
     out = os.fdopen(os.dup(saved), "w", encoding=sys.stdout.encoding, errors="replace")
     try:
-        with out:
-            yield out
+        yield out
+    except KeyboardInterrupt as interrupt:  # typer would end the process without a word
+        raise AttnbenchError("interrupted", exit_code=ExitCode.INTERRUPTED) from interrupt
     finally:
+        with contextlib.suppress(BrokenPipeError):
+            out.close()
         sys.stdout.flush()
         os.dup2(saved, 1)
         os.close(saved)
 
 
 def _print(out: TextIO, words: str) -> None:
-    out.write(words if words.endswith("\n") else f"{words}\n")
+    with contextlib.suppress(BrokenPipeError):  # the reader of our output left; what it read was fine
+        out.write(words if words.endswith("\n") else f"{words}\n")
 
 
 def _print_json(out: TextIO, data: object) -> None:
@@ -483,22 +505,11 @@ def _end(code: ExitCode) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Turns every expected error into a line, a hint and an exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words == ["--version"]:
-        from importlib.metadata import version
-
-        print(f"attnbench {version('attnbench')}")
-        return
     try:
-        code = app(words, standalone_mode=False)
+        code = app(words, prog_name="attnbench", standalone_mode=False)
     except AttnbenchError as error:
         _complain(error)
         code = int(error.exit_code)
-    except KeyboardInterrupt:
-        _complain(AttnbenchError("interrupted"))
-        code = int(ExitCode.INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output left; what it read was fine
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
     except Exception as error:
         # typer's own usage errors have no public type that all its versions share, but they all speak like this.
         if not hasattr(error, "format_message"):

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from attnbench.registry import Catalogue
@@ -64,14 +63,14 @@ def command(arguments: list[str] | None = None) -> list[str]:
 
 
 def _without_folder(word: str) -> str:
-    option, equals, value = word.rpartition("=")
-    return f"{option}{equals}{Path(value).name}" if os.sep in value else word
+    """`word` less its folders, where `--option=` and `NAME=` may stand before them."""
+    return re.sub(r"\A((?:--[\w-]+=)?(?:\w+=)?).*/(?=.)", r"\1", word.rstrip("/"), flags=re.DOTALL)
 
 
 def without_home(text: str) -> str:
     """`text` with the user's home folder written as ~."""
     home = os.path.expanduser("~")
-    return text.replace(home, "~") if len(home) > 1 else text
+    return re.sub(rf"{re.escape(home)}(?!\w)", "~", text) if len(home) > 1 else text
 
 
 def _version(name: str) -> str | None:

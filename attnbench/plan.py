@@ -83,7 +83,9 @@ def make(selection: Selection, catalogue: Catalogue) -> Plan:
     entries = _entries(selection, catalogue, device.kind, reason)
     baseline = selection.baseline
     if baseline not in (None, BEST):
-        baseline = resolve_backends(baseline, catalogue)[0]
+        baseline, *more = resolve_backends(baseline, catalogue, "--baseline")
+        if more:
+            raise AttnbenchError(f"--baseline takes one name, not {selection.baseline!r}")
         if all(entry.name != baseline for entry in entries):
             entries = (_entry(baseline, catalogue, device.kind, reason), *entries)
     if not entries:
@@ -102,7 +104,7 @@ def _entries(
         names = [b.name for b in catalogue.backends if b.device == kind and b.available and device_reason is None]
     else:
         names = resolve_backends(selection.backends, catalogue)
-    skipped = resolve_backends(selection.skip, catalogue) if selection.skip else []
+    skipped = [] if selection.skip is None else resolve_backends(selection.skip, catalogue, "--skip")
     return tuple(_entry(name, catalogue, kind, device_reason) for name in names if name not in skipped)
 
 
@@ -118,7 +120,7 @@ def _entry(name: str, catalogue: Catalogue, kind: DeviceKind, device_reason: str
     return Entry(name, None, Status.UNAVAILABLE, reason)
 
 
-def resolve_backends(text: str, catalogue: Catalogue) -> list[str]:
+def resolve_backends(text: str, catalogue: Catalogue, option: str = "--backends") -> list[str]:
     """Backend names from a comma list of exact names or unique prefixes, each once, in the order given.
 
     Raises AttnbenchError: for a plugin that failed to load with exit code 4, for a miss with the closest name.
@@ -126,7 +128,7 @@ def resolve_backends(text: str, catalogue: Catalogue) -> list[str]:
     known = list(dict.fromkeys(b.name for b in catalogue.backends))
     failed = {p.source.name: p for p in catalogue.failures if p.source.name not in known}
     names = []
-    for word in split(text, "--backends"):
+    for word in split(text, option):
         name = _match(word, [*known, *failed], "backend")
         if name in failed:
             plugin = failed[name]
@@ -181,11 +183,11 @@ def _named(name: str, catalogue: Catalogue) -> Suite:
 
 
 def _custom(selection: Selection) -> Suite:
-    batches = lengths(selection.batch or "1", "--batch")
-    heads = [_pair(word, "--heads") for word in split(selection.heads or "1", "--heads")]
+    batches = lengths(selection.batch, "--batch") if selection.batch is not None else [1]
+    heads = [_pair(word, "--heads") for word in split(selection.heads, "--heads")] or [(1, 1)]
     queries = lengths(selection.seqlen_q, "--seqlen-q") if selection.seqlen_q is not None else list(PTO_SEQLENS_Q)
     keys = lengths(selection.seqlen_k, "--seqlen-k") if selection.seqlen_k is not None else list(PTO_SEQLENS_K)
-    dims = [_pair(word, "--head-dim") for word in split(selection.head_dim or "128", "--head-dim")]
+    dims = [_pair(word, "--head-dim") for word in split(selection.head_dim, "--head-dim")] or [(128, 128)]
     problems = []
     for batch, (heads_q, heads_kv), (head_dim, head_dim_v), seqlen_q, seqlen_k in itertools.product(
         batches, heads, dims, queries, keys
@@ -231,9 +233,9 @@ def lengths(text: str, option: str) -> list[int]:
 
 def _pair(word: str, option: str) -> tuple[int, int]:
     """`32x8` as (32, 8), `128` as (128, 128)."""
-    first, _, second = word.partition("x")
+    first, separator, second = word.partition("x")
     value = length(first, option)
-    return value, length(second, option) if second else value
+    return value, length(second, option) if separator else value
 
 
 def choice(word: str, choices: Iterable[str], what: str) -> str:

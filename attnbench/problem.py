@@ -196,8 +196,8 @@ class Problem:
         if self.dtype == "auto":
             raise ValueError("bytes_moved needs a dtype: call resolve(device) first")
         keys = _span(map(self.key_range, range(self.seqlen_q))) if self._masked else self.seqlen_k
-        rows = self.batch * self.heads_q * self.seqlen_q
-        q, out = rows * self.head_dim, rows * self.head_dim_v
+        heads = self.batch * self.heads_q
+        q, out = heads * self.visible_rows * self.head_dim, heads * self.seqlen_q * self.head_dim_v
         kv = self.batch * self.heads_kv * keys * (self.head_dim + self.head_dim_v)
         forward, backward = q + kv + out, 2 * (q + kv) + 2 * out
         items = {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[self.direction]
@@ -300,13 +300,14 @@ def load_suite(path: Path) -> Suite:
     A list as a field's value makes a cross product within its table. Raises AttnbenchError where the file cannot be
     read or describes no valid suite, naming the table at fault.
     """
+    hint = "a suite is a name and [[problems]] tables, each with seqlen_q and seqlen_k"
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise AttnbenchError(f"cannot read suite {path}: {error.strerror}") from error
+        where = "give a suite's name or the path of a TOML file"
+        raise AttnbenchError(f"cannot read suite {path}: {error.strerror}", where) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise AttnbenchError(f"suite {path} is not TOML: {error}") from error
-    hint = "a suite is a name and [[problems]] tables, each with seqlen_q and seqlen_k"
+        raise AttnbenchError(f"suite {path} is not TOML: {error}", hint) from error
     if unknown := sorted(set(data) - _SUITE_KEYS):
         raise AttnbenchError(f"suite {path} has an unknown key {unknown[0]!r}", hint)
     tables = data.get("problems", [])
@@ -318,11 +319,16 @@ def load_suite(path: Path) -> Suite:
     problems: list[Problem] = []
     for index, table in enumerate(tables, 1):
         axes = {key: value if isinstance(value, list) else [value] for key, value in table.items()}
-        for values in itertools.product(*axes.values()):
-            try:
-                problems.append(Problem.from_json(dict(zip(axes, values))))
-            except ValueError as error:
-                raise AttnbenchError(f"suite {path}, problem table {index}: {error}", hint) from error
+        try:
+            if empty := [key for key, values in axes.items() if not values]:
+                raise ValueError(f"{empty[0]} is an empty list")
+            for values in itertools.product(*axes.values()):
+                problem = Problem.from_json(dict(zip(axes, values)))
+                if problem in problems:
+                    raise ValueError(f"{problem.case_id} is there twice")
+                problems.append(problem)
+        except ValueError as error:
+            raise AttnbenchError(f"suite {path}, problem table {index}: {error}", hint) from error
     try:
         return Suite(name, tuple(problems), summary)
     except ValueError as error:

@@ -18,11 +18,12 @@ import pluggy
 
 from attnbench import hookspecs, settings
 from attnbench.backend import Backend, faults
+from attnbench.errors import AttnbenchError
 from attnbench.problem import BUILTIN_SUITES, DeviceKind, Suite
 
 OWN_DISTRIBUTION = "attnbench"
-CONTRACT_FRAMES = 6
-"""Frames of a traceback kept, counted from the raise: enough to see the plugin's own line."""
+MACHINERY = frozenset({"attnbench", "importlib", "pluggy"})
+"""Packages whose frames come before a plugin's own in a traceback, and say nothing about it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PluginInfo:
     suites: tuple[str, ...]
     load_s: float
     error: str | None
-    """The failure's last traceback frames and message; None where it loaded."""
+    """The failure's traceback, from the plugin's first line on, and its message; None where it loaded."""
 
     @property
     def error_line(self) -> str:
@@ -90,7 +91,8 @@ def discover(without: Collection[str] = ()) -> Catalogue:
     """Load every entry point of group `attnbench.backends`, but for those that ATTNBENCH_PLUGINS or `without` excludes.
 
     A plugin that fails to import, exits, misspells a hook, brings something that is no backend, or clashes with an
-    earlier one brings nothing, and is in the catalogue with its error.
+    earlier one brings nothing, and is in the catalogue with its error. Raises AttnbenchError where `without` names
+    an entry point that is not there.
     """
     plugins: list[PluginInfo] = []
     backends: dict[tuple[str, str], BackendInfo] = {}
@@ -171,8 +173,11 @@ def _refuse_clashes(keys: list[Any], taken: Collection[Any], what: str) -> None:
 
 def _entry_points(without: Collection[str]) -> list[EntryPointRef]:
     wanted = settings.plugins()
+    entries = importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)
+    if missing := sorted(set(without) - entries.names):
+        raise AttnbenchError(f"no plugin is called {missing[0]!r}", f"there are {', '.join(sorted(entries.names))}")
     found = set()
-    for entry in importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
+    for entry in entries:
         if entry.name in without or (wanted is not None and entry.name not in wanted):
             continue
         distribution = entry.dist
@@ -184,4 +189,7 @@ def _entry_points(without: Collection[str]) -> list[EntryPointRef]:
 def _trace(error: BaseException) -> str:
     if isinstance(error, PluginError):
         return str(error)
-    return "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-CONTRACT_FRAMES))
+    frames = error.__traceback__
+    while frames is not None and str(frames.tb_frame.f_globals.get("__name__")).partition(".")[0] in MACHINERY:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames))

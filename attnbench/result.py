@@ -195,15 +195,28 @@ class Result:
     def from_json(cls, data: Mapping[str, Any]) -> Result:
         """The result that `to_json` wrote. Raises ValueError, KeyError or TypeError where it is none."""
         fields = dict(data)
+        _require_types(fields, backend=str, reason=str, used_cores=int)
         fields["problem"] = Problem.from_json(fields["problem"])
         fields["status"] = Status(fields["status"])
         if fields.get("check") is not None:
+            _require_types(fields["check"], classic_ok=bool, inputs=str, rows_checked=int, rows_total=int, fault=str)
             fields["check"] = Check(**fields["check"])
         if fields.get("measurement") is not None:
             timing = dict(fields["measurement"])
+            _require_types(timing, statistic=str, timing_method=str, cache=str)
             timing["blocks"] = tuple(tuple(block) for block in timing["blocks"])
             fields["measurement"] = Measurement(**timing)
         return cls(**fields)
+
+
+def _require_types(fields: Mapping[str, Any], **types: type) -> None:
+    """Raise ValueError where a field is there and of another type; None stands for one that is not there."""
+    for name, kind in types.items():
+        value = fields.get(name)
+        if value is None and kind is int:
+            continue
+        if name in fields and type(value) is not kind:
+            raise ValueError(f"{name} must be {kind.__name__}, not {value!r}")
 
 
 def _is_number(value: object) -> bool:

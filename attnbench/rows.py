@@ -178,15 +178,22 @@ def load_csv(path: Path, text: str, device_name: str | None) -> tuple[list[Row],
 
 
 def _parse(path: Path, text: str) -> tuple[list[tuple[int, Row]], list[str]]:
-    lines = list(csv.reader(io.StringIO(text)))
+    reader = csv.reader(io.StringIO(text))
+    try:
+        lines = [(reader.line_num, fields) for fields in reader]
+    except csv.Error as error:
+        raise AttnbenchError(f"{path}, line {reader.line_num}: {error}") from error
     if not lines:
         raise AttnbenchError(f"{path} is empty", f"its first line must be {','.join(LEAD_COLUMNS)}")
-    columns = [name.strip() for name in lines[0]]
+    columns = [name.strip() for name in lines[0][1]]
     for name in LEAD_COLUMNS:
         if name not in columns:
             raise AttnbenchError(f"{path} lacks the column {name}", f"it needs {','.join(LEAD_COLUMNS)}")
+    for name in columns:
+        if columns.count(name) > 1:
+            raise AttnbenchError(f"{path} has the column {name} twice", "leave one of them")
     parsed = []
-    for number, fields in enumerate(lines[1:], 2):
+    for number, fields in lines[1:]:
         if not fields:
             continue
         if len(fields) != len(columns):
@@ -228,6 +235,12 @@ def _status(text: str) -> str:
     return Status(text).value
 
 
+def _device(text: str) -> str:
+    if text not in DEVICE_KINDS:
+        raise ValueError(f"must be one of {', '.join(DEVICE_KINDS)}")
+    return text
+
+
 _PARSERS: Mapping[str, Callable[[str], Any]] = {
     **dict.fromkeys(("sq", "sk", "head_size", "flops_total", "batch", "heads_q", "heads_kv", "head_dim_v"), _whole),
     **dict.fromkeys(("n_samples", "n_blocks", "used_cores", "schema_version"), _whole),
@@ -237,8 +250,11 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {
     "clock_mhz": _positive,
     "causal": _boolean,
     "status": _status,
+    "device": _device,
 }
 _REQUIRED = ("sq", "sk", "head_size", "kernel")
+_MEASURED = tuple(column for column, parser in _PARSERS.items() if parser is _positive)
+FLOAT_COLUMNS = tuple(column for column, parser in _PARSERS.items() if parser in (_positive, _error))
 
 
 def _parse_row(path: Path, number: int, fields: Mapping[str, str]) -> Row:
@@ -256,9 +272,12 @@ def _parse_row(path: Path, number: int, fields: Mapping[str, str]) -> Row:
             raise AttnbenchError(f"{path}, line {number}: {column} is empty")
     values["status"] = values["status"] or Status.PASSED.value
     passed = values["status"] == Status.PASSED.value
-    if passed != (values["time_us"] is not None):
-        state = "has no time_us" if passed else f"is {values['status']} and has a time_us"
-        raise AttnbenchError(f"{path}, line {number}: {values['kernel']} {state}")
+    if passed and values["time_us"] is None:
+        raise AttnbenchError(f"{path}, line {number}: {values['kernel']} has no time_us")
+    for column in () if passed else _MEASURED:
+        if values[column] is not None:
+            state = f"is {values['status']} and has a {column}"
+            raise AttnbenchError(f"{path}, line {number}: {values['kernel']} {state}")
     return values
 
 
@@ -269,7 +288,7 @@ def _device_of(path: Path, rows: Sequence[Row], device_name: str | None) -> tupl
         raise AttnbenchError(f"{path} holds rows of several devices", "one table is of one device: split it")
     kind, name = named.pop()
     published = any(values["kernel"] == PUBLISHED_BASELINE for values in rows)
-    if kind not in DEVICE_KINDS:
+    if kind is None:
         kind = "npu" if published else "cpu"
     if device_name:
         return known_device(device_name, kind), []

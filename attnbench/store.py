@@ -28,7 +28,8 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         handle, staged = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            # An argument or a path may hold bytes that are no UTF-8; they must not stop a run.
+            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 file.write(text)
             os.chmod(staged, 0o644)
             os.replace(staged, path)
@@ -68,12 +69,14 @@ class RunWriter:
         """Append results to the record and renew the CSV. Raises AttnbenchError, the record ending at a whole line."""
         results = list(results)
         record = self.path / RECORD_FILE
+        data = b"".join(map(_line, results))
         try:
-            with open(record, "r+b") as file:
+            # Unbuffered: a buffer would write its rest, at the old place, when a file that was just cut is closed.
+            with open(record, "r+b", buffering=0) as file:
                 size = file.seek(0, os.SEEK_END)
                 try:
-                    file.write("".join(map(_line, results)).encode())
-                    file.flush()
+                    while data:
+                        data = data[file.write(data) :]
                     os.fsync(file.fileno())
                 except OSError:
                     os.ftruncate(file.fileno(), size)
@@ -95,8 +98,9 @@ class RunWriter:
         return tuple(self._results)
 
 
-def _line(result: Result) -> str:
-    return json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+def _line(result: Result) -> bytes:
+    text = json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    return text.encode(errors="backslashreplace")  # of half a surrogate pair this makes the escape that JSON has for it
 
 
 def _cannot(verb: str, path: Path, error: OSError) -> AttnbenchError:
@@ -125,16 +129,23 @@ def load(path: Path, device_name: str | None = None) -> Record:
     `device_name` says what device a CSV's numbers are of. Raises AttnbenchError naming what is wrong.
     """
     if path.is_dir():
+        if device_name is not None:
+            raise AttnbenchError(f"{path} is a run, which names its device itself", "--device-name is for a CSV")
         return _load_run(path)
-    rows, device, warnings = load_csv(path, _read(path), device_name)
+    rows, device, warnings = load_csv(path, _decode(path, _read(path)), device_name)
     return Record(path, tuple(rows), device, warnings=tuple(warnings))
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes()
     except OSError as error:
         raise AttnbenchError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _decode(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise AttnbenchError(f"{path} is not UTF-8 text", "give a run directory or a CSV") from error
 
@@ -143,34 +154,34 @@ def _load_run(path: Path) -> Record:
     if not (path / RUN_FILE).is_file():
         raise AttnbenchError(f"{path} is not a run: it has no {RUN_FILE}", "give a run directory or a CSV")
     try:
-        header = json.loads(_read(path / RUN_FILE))
+        header = json.loads(_decode(path / RUN_FILE, _read(path / RUN_FILE)))
         if header["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is {header['schema_version']!r}, not {SCHEMA_VERSION}")
         device = DeviceInfo.from_json(header["device"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AttnbenchError(f"{path / RUN_FILE} cannot be read: {_words(error)}") from error
-    results, warnings = _parse_record(path / RECORD_FILE)
-    return Record(path, tuple(row(r, device) for r in results), device, results, header, warnings)
+    results, rows, warnings = _parse_record(path / RECORD_FILE, device)
+    return Record(path, rows, device, results, header, warnings)
 
 
-def _parse_record(path: Path) -> tuple[tuple[Result, ...], tuple[str, ...]]:
-    text = _read(path)
-    lines = text.split("\n")
-    warnings = []
-    if lines[-1]:
-        warnings.append(f"{path}: the last line is cut and was dropped")
+def _parse_record(path: Path, device: DeviceInfo) -> tuple[tuple[Result, ...], tuple[Row, ...], tuple[str, ...]]:
+    whole, _, cut = _read(path).rpartition(b"\n")  # before decoding: the cut may go through a character
+    warnings = (f"{path}: the last line is cut and was dropped",) if cut else ()
+    lines = _decode(path, whole).split("\n") if whole else []
     results: dict[tuple[str, str], Result] = {}
-    for number, line in enumerate(lines[:-1], 1):
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
         try:
             result = Result.from_json(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            rows.append(row(result, device))
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise AttnbenchError(f"{path}, line {number} is no result: {_words(error)}") from error
         if result.key in results:
             raise AttnbenchError(f"{path}, line {number}: {' on '.join(result.key)} is there twice")
         results[result.key] = result
     if not results:
         raise AttnbenchError(f"{path} holds no results", "the run ended before its first case did")
-    return tuple(results.values()), tuple(warnings)
+    return tuple(results.values()), tuple(rows), warnings
 
 
 def _words(error: Exception) -> str:

@@ -60,7 +60,7 @@ class Worker:
     def parallel_units(self, problem: Problem) -> int | None:
         with self._guard("parallel_units()"):
             units = getattr(self._backend, "parallel_units", lambda _: None)(problem)
-        if units is not None and not (isinstance(units, int) and units >= 1):
+        if units is not None and (isinstance(units, bool) or not isinstance(units, int) or units < 1):
             raise CaseFailed(Status.RUNTIME_ERROR, f"parallel_units() returned {units!r}, not a number of cores")
         return units
 
@@ -73,19 +73,22 @@ class Worker:
             call = self._backend.prepare(problem, q, k, v)
             self._device.synchronize()
         if not callable(call):
-            raise CaseFailed(Status.RUNTIME_ERROR, f"prepare() returned {call!r}, nothing to call")
+            raise CaseFailed(Status.RUNTIME_ERROR, f"prepare() returned a {type(call).__name__}, nothing to call")
         self._call = call
 
     def renew(self, inputs: Inputs) -> None:
         """Overwrite the prepared q, k and v with other values of the same problem."""
-        for tensor, value in zip(self._tensors, (inputs.q, inputs.k, inputs.v)):
-            tensor.copy_(value)
-        self._device.synchronize()
+        tensors = self._tensors
+        with self._guard("renewing the inputs"):
+            for tensor, value in zip(tensors, (inputs.q, inputs.k, inputs.v)):
+                tensor.copy_(value)
+            self._device.synchronize()
 
     def changed_inputs(self, inputs: Inputs) -> list[str]:
         """Which of q, k and v no longer hold what was put there."""
         pairs = zip("qkv", self._tensors, (inputs.q, inputs.k, inputs.v))
-        return [name for name, tensor, value in pairs if not tensor.cpu().equal(value)]
+        with self._guard("reading the inputs back"):
+            return [name for name, tensor, value in pairs if not tensor.cpu().equal(value)]
 
     def output(self) -> object:
         """Call once; a plain tensor comes back as a copy on the CPU, anything else as it is."""

@@ -28,7 +28,11 @@ class Sdpa(Backend):
         return device(self.device).unavailable()
 
     def unsupported(self, problem: Problem) -> str | None:
-        return None if problem.direction == "fwd" else "forward only"
+        if problem.direction != "fwd":
+            return "forward only"
+        if self.device == "cuda" and problem.visible_rows < problem.seqlen_q:
+            return "torch's CUDA kernels give a query that sees no key other values than zeros"
+        return None
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         from torch.nn.attention.bias import causal_lower_right
@@ -38,8 +42,7 @@ class Sdpa(Backend):
 
         # torch's is_causal is aligned top-left, which is the same only for as many queries as keys.
         square = problem.causal and problem.window is None and problem.seqlen_q == problem.seqlen_k
-        # causal_lower_right reaches the flash kernel on a GPU. On a CPU it would build its mask anew at each call, and
-        # with more queries than keys it gives NaN.
+        # causal_lower_right reaches the flash kernel on a GPU; on a CPU it would build its mask anew at each call.
         lower_right = (
             self.device == "cuda" and problem.causal and problem.window is None and problem.seqlen_q < problem.seqlen_k
         )

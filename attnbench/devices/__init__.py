@@ -35,6 +35,8 @@ class DeviceInfo:
             raise ValueError(f"device kind must be one of {', '.join(DEVICE_KINDS)}, not {info.kind!r}")
         if not isinstance(info.name, str) or not isinstance(info.peak_tflops, Mapping):
             raise ValueError("a device needs a name and a table of peaks")
+        if not all(isinstance(peak, (int, float)) and 0 < peak < 1e9 for peak in info.peak_tflops.values()):
+            raise ValueError("a device's peaks must be TFLOP/s above 0")
         if info.cores is not None and (not isinstance(info.cores, int) or info.cores < 1):
             raise ValueError(f"a device's cores must be at least 1, not {info.cores!r}")
         return info

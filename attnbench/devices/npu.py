@@ -21,6 +21,7 @@ class NpuDevice(EventTimer):
     kind: DeviceKind = "npu"
 
     def __init__(self) -> None:
+        _probe()  # importing torch_npu is what puts torch.npu there
         super().__init__(getattr(torch, "npu", None), "npu")
 
     def unavailable(self) -> str | None:

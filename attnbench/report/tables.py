@@ -14,7 +14,7 @@ from attnbench.errors import AttnbenchError
 from attnbench.plan import BEST
 from attnbench.report import text
 from attnbench.result import Result, speedup
-from attnbench.rows import COLUMNS, Row, csv_text
+from attnbench.rows import COLUMNS, FLOAT_COLUMNS, Row, csv_text
 from attnbench.store import Record
 
 NONE = "—"
@@ -32,10 +32,13 @@ DETAIL_TEXT_COLUMNS = ("case", "kernel", "status", "verdict", "1e-3", "reason")
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """The rows as a DataFrame with results.csv's columns; whole numbers that may be missing are Int64."""
+    """The rows as a DataFrame with results.csv's columns; whole numbers that may be missing are Int64.
+
+    Floats are float64 also where no row has one.
+    """
     table = pd.DataFrame.from_records(list(rows), columns=list(COLUMNS))
     whole = ("n_samples", "n_blocks", "used_cores")
-    return table.astype(dict.fromkeys(whole, "Int64"))
+    return table.astype(dict.fromkeys(whole, "Int64") | dict.fromkeys(FLOAT_COLUMNS, "float64"))
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ class Tables:
             parts += [text.paragraph(line, style) for line in self.captions]
         if details or not parts:
             parts.append(text.heading("Details", style))
-            parts.append(text.table(DETAIL_COLUMNS, self.detail_rows, style, DETAIL_TEXT_COLUMNS))
+            parts.append(_without_empty_columns(DETAIL_COLUMNS, self.detail_rows, style))
         return "\n\n".join(parts)
 
     @property
@@ -215,6 +218,14 @@ class Tables:
             f"Normalized TFLOP/s = TFLOP/s · ({projection}) / cores the problem occupies: a projection, not a "
             "measurement. % of peak in the details is measured: GEMM TFLOP/s over the device's peak.",
         ]
+
+
+def _without_empty_columns(headers: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> str:
+    """The details' table without the columns that say nothing of any row, as most are for a plain CSV."""
+    kept = [index for index in range(len(headers)) if any(row[index] not in ("", NONE) for row in rows)]
+    return text.table(
+        [headers[index] for index in kept], [[row[index] for index in kept] for row in rows], style, DETAIL_TEXT_COLUMNS
+    )
 
 
 def check_table(results: Sequence[Result], style: str) -> str:

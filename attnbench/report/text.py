@@ -18,8 +18,10 @@ _LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
     ord("^"): r"\textasciicircum{}",
 }
 _MARKDOWN = {ord(c): f"\\{c}" for c in "\\|[]*`"} | {ord("<"): "&lt;", ord(">"): "&gt;"}
+_JIRA = {ord(c): f"\\{c}" for c in "\\{}[]|!"}
+_MEDIAWIKI = {ord(c): f"&#{ord(c)};" for c in "{}[]|'~"}
 _ESCAPED_BY_TABULATE = frozenset({"html", "latex", "latex_booktabs", "latex_longtable"})
-_MARKUP_WITH_BARS = frozenset({"asciidoc", "jira", "mediawiki", "moinmoin", "orgtbl", "textile", "youtrack"})
+_MARKUP_WITH_BARS = frozenset({"asciidoc", "moinmoin", "orgtbl", "textile", "youtrack"})
 
 
 def escape(text: str, style: str) -> str:
@@ -31,6 +33,10 @@ def escape(text: str, style: str) -> str:
         return html.escape(line)
     if style.startswith("latex"):
         return line.translate(_LATEX)
+    if style == "jira":
+        return line.translate(_JIRA)
+    if style == "mediawiki":
+        return html.escape(line, quote=False).translate(_MEDIAWIKI)
     # No escape serves all these dialects; the broken bar looks like the bar that would end the cell.
     return line.replace("|", "¦") if style in _MARKUP_WITH_BARS else line
 

@@ -1,0 +1,58 @@
+"""Owns what every test may count on: a cache that is not the user's, no settings from outside, and a CLI in-process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helpers import Answer, PluginFolder
+
+OUTSIDE_SETTINGS = ("ATTNBENCH_PLUGINS", "ATTNBENCH_CXX", "CXX", "NO_COLOR", "FORCE_COLOR", "COLUMNS")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache for the session, so that the kernel compiles once; none of the user's settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OUTSIDE_SETTINGS:
+            patch.delenv(name, raising=False)
+        patch.setenv("ATTNBENCH_CACHE_DIR", str(tmp_path_factory.mktemp("attnbench-cache")))
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, so that no test writes reports/ into the checkout."""
+    path = tmp_path / "cwd"
+    path.mkdir()
+    monkeypatch.chdir(path)
+    return path
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PluginFolder:
+    """A place where fake distributions are installed, for this process and for those it starts."""
+    path = tmp_path / "site"
+    path.mkdir()
+    monkeypatch.syspath_prepend(str(path))
+    monkeypatch.setenv("PYTHONPATH", str(path), prepend=os.pathsep if os.environ.get("PYTHONPATH") else None)
+    return PluginFolder(path)
+
+
+@pytest.fixture
+def cli(folder: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """attnbench's command line in this process: `cli("run", …)` gives exit code, stdout and stderr."""
+    from attnbench.cli import main
+
+    def call(*words: object) -> Answer:
+        capfd.readouterr()
+        code: object = 0
+        try:
+            main([str(word) for word in words])
+        except SystemExit as end:
+            code = end.code
+        return Answer(code, *capfd.readouterr())
+
+    return call

@@ -1,0 +1,139 @@
+"""attnbench.environment: what a run records of the machine, and what it never does."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+
+import pytest
+import torch
+
+from attnbench import environment
+from attnbench.devices.cpu import cpu_name
+from attnbench.environment import ENVIRONMENT_VARIABLES, command, fingerprint, without_home
+from attnbench.registry import Catalogue, EntryPointRef, PluginInfo
+
+CATALOGUE = Catalogue(
+    plugins=(
+        PluginInfo(EntryPointRef("toy-dist", "1.5", "toy", "toy_module"), ("toy",), (), 0.1, None),
+        PluginInfo(EntryPointRef("broken-dist", "2", "broken", "m"), (), (), 0.1, "File /home/jane/secret.py\nError"),
+    ),
+    backends=(),
+    suites=(),
+)
+
+
+def test_the_fingerprint_is_an_allow_list():
+    assert set(fingerprint(CATALOGUE)) == {
+        "python",
+        "platform",
+        "kernel",
+        "cpu",
+        "cpu_count",
+        "threads",
+        "torch_cpu_capability",
+        "cuda",
+        "libraries",
+        "plugins",
+        "variables",
+    }
+
+
+def test_the_fingerprint_says_what_a_number_depends_on():
+    found = fingerprint(CATALOGUE)
+    assert found["python"] == platform.python_version()
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cpu"] == cpu_name()
+    assert found["cpu_count"] == len(os.sched_getaffinity(0))
+    assert found["libraries"]["torch"] == torch.__version__
+    assert found["libraries"]["attnbench"]
+    assert "torch-npu" not in found["libraries"]
+    assert found["plugins"] == {"toy-dist": "1.5"}
+
+
+def test_no_name_of_user_or_host_and_no_secret_is_in_it(monkeypatch):
+    host = "host-a1b2c3.example.org"
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    monkeypatch.setattr(platform, "node", lambda: host)
+    monkeypatch.setattr(platform, "release", lambda: f"6.1.0-{host}")
+    secrets = {
+        "HOME": "/home/jane",
+        "USER": "jane",
+        "HOSTNAME": host,
+        "HF_TOKEN": "hf_s3cr3t",
+        "PATH": "/home/jane/bin",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "/home/jane/threads")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "$(cat token hf_s3cr3t)")
+    text = json.dumps(fingerprint(CATALOGUE))
+    for secret in ("jane", host, "hf_s3cr3t", os.getcwd()):
+        assert secret not in text
+    assert json.loads(text)["kernel"] == "6.1.0"
+
+
+@pytest.mark.parametrize("value", ["2", "0,1,2", "0-7", "close", "PASSIVE", "FALSE", ""])
+def test_settings_that_move_timings_are_recorded(monkeypatch, value):
+    for name in ENVIRONMENT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert fingerprint(CATALOGUE)["variables"] == {}
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    monkeypatch.setenv("OMP_SECRET", "x")
+    assert fingerprint(CATALOGUE)["variables"] == {"OMP_NUM_THREADS": value}
+
+
+@pytest.mark.parametrize("value", ["/home/jane", "~/x", "a b", "a=b", "a\nb", "x" * 41, "ü"])
+def test_a_value_that_is_no_number_list_or_word_is_left_out(monkeypatch, value):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert "OMP_NUM_THREADS" not in fingerprint(CATALOGUE)["variables"]
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("run", "run"),
+        ("--seqlen-q", "--seqlen-q"),
+        ("128,1k", "128,1k"),
+        ("--iters=20", "--iters=20"),
+        ("/home/jane/suites/mine.toml", "mine.toml"),
+        ("--suite=/home/jane/mine.toml", "--suite=mine.toml"),
+        ("../private/mine.toml", "mine.toml"),
+        ("/home/jane/runs/", "runs"),
+        ("sdpa=/home/jane/venv/bin/python", "sdpa=python"),
+        ("--python=sdpa=/home/jane/venv/bin/python", "--python=sdpa=python"),
+        ("/home/jane/lr=1", "lr=1"),
+        ("/home/jane/lr=1/mine.toml", "mine.toml"),
+        ("--out=/home/jane/lr=1/run", "--out=run"),
+    ],
+)
+def test_the_command_keeps_what_was_run_and_not_where(word, kept):
+    assert command([word]) == ["attnbench", kept]
+
+
+def test_the_command_is_this_processs_without_its_program(monkeypatch):
+    monkeypatch.setattr(environment.sys, "argv", ["/home/jane/bin/attnbench", "run", "--out", "/home/jane/x"])
+    assert command() == ["attnbench", "run", "--out", "x"]
+
+
+# Home
+
+
+@pytest.mark.parametrize(
+    ("home", "text", "cleaned"),
+    [
+        ("/home/jane", "in /home/jane/x.py", "in ~/x.py"),
+        ("/home/jane/", "in /home/jane/x.py and '/home/jane'", "in ~/x.py and '~'"),
+        ("/home/jane", "/home/janet/x and /home/jane", "/home/janet/x and ~"),
+        ("/", "in /etc/x", "in /etc/x"),
+        ("/root", "no path", "no path"),
+    ],
+)
+def test_the_home_folder_becomes_a_tilde(monkeypatch, home, text, cleaned):
+    monkeypatch.setenv("HOME", home)
+    assert without_home(text) == cleaned

@@ -1,0 +1,470 @@
+"""attnbench.report: the published table to the digit, what a table may not show, and text that stays text."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import html
+import io
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from helpers import ASCEND_CSV, DEVICE, HOSTILE, ROOT, failed, passed
+from tabulate import tabulate_formats
+
+from attnbench import store
+from attnbench.devices import DeviceInfo
+from attnbench.errors import AttnbenchError, ExitCode
+from attnbench.report import text
+from attnbench.report.tables import DETAIL_COLUMNS, Comparison, Tables, check_table, frame, json_text
+from attnbench.result import Result, Status
+from attnbench.rows import COLUMNS, csv_text, row
+from attnbench.store import Record
+
+SHARED_CSV = ROOT.parent / "shared" / "data" / "ascend-910b2.csv"
+PUBLISHED = {
+    (128, 1024): ["70.338", "19.200", "3.66×", "3.54", "84.87"],
+    (2048, 8192): ["126.845", "107.780", "1.18×", "80.63", "120.95"],
+}
+
+
+def record(*results: Result, device: DeviceInfo = DEVICE) -> Record:
+    return Record(Path("a-run"), tuple(row(r, device) for r in results), device, results)
+
+
+def at(seqlen_q: int, backend: str, *times: float, **fields: object) -> Result:
+    """A result of one block a time."""
+    return passed(backend, *((t,) for t in times), problem={"seqlen_q": seqlen_q}, **fields)
+
+
+def published(*words: str, device_name: str | None = None) -> str:
+    return Tables(store.load(ASCEND_CSV, device_name), *words).render()
+
+
+def grid(rendered: str) -> list[list[list[str]]]:
+    """The tables of a github rendering, each a list of rows of cells, headers first."""
+    tables: list[list[list[str]]] = [[]]
+    for line in rendered.splitlines():
+        if line.startswith("|"):
+            tables[-1].append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif tables[-1]:
+            tables.append([])
+    return [[table[0], *table[2:]] for table in tables if table]
+
+
+# --- the published table ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not SHARED_CSV.is_file(), reason="only where the project's shared folder is")
+def test_the_committed_csv_is_the_published_one() -> None:
+    assert ASCEND_CSV.read_text() == SHARED_CSV.read_text()
+
+
+def test_the_published_table_is_reproduced() -> None:
+    table = grid(published())[0]
+    assert table[0] == ["S0", "S1", "Fused µs", "JIT µs", "Speedup", "JIT TFLOP/s", "Normalized JIT TFLOP/s"]
+    assert len(table) == 21
+    assert {len(cells) for cells in table} == {7}
+    by_shape = {(int(cells[0]), int(cells[1])): cells[2:] for cells in table[1:]}
+    assert {shape: by_shape[shape] for shape in PUBLISHED} == PUBLISHED
+    lengths = [(sq, sk) for sq in (128, 256, 512, 1024, 2048) for sk in (1024, 2048, 4096, 8192)]
+    assert list(by_shape) == lengths
+
+
+def test_every_published_cell_follows_from_the_csv() -> None:
+    with open(ASCEND_CSV, newline="") as file:
+        lines = list(csv.DictReader(file))
+    times = {(int(r["sq"]), int(r["sk"]), r["kernel"]): float(r["time_us"]) for r in lines}
+    ratios = []
+    for cells in grid(published())[0][1:]:
+        sq, sk = int(cells[0]), int(cells[1])
+        fused, jit = times[sq, sk, "npu_fused_attention"], times[sq, sk, "jit_flash"]
+        tflops = (4 * sq * sk * 128 + sq * sk + sq * (5 * sk - 2)) / jit / 1e6
+        normalized = tflops * 24 / min(24, math.ceil(sq / 128))
+        ratios.append(fused / jit)
+        assert cells[2:] == [f"{fused:.3f}", f"{jit:.3f}", f"{fused / jit:.2f}×", f"{tflops:.2f}", f"{normalized:.2f}"]
+    mean = math.prod(ratios) ** (1 / len(ratios))
+    assert f"jit_flash over npu_fused_attention: geometric mean {mean:.2f}× on 20 problems\n" in published()
+
+
+def test_the_published_report_says_what_its_numbers_are() -> None:
+    shown = published()
+    assert shown.startswith("### jit_flash vs npu_fused_attention · b1-h1-d128-fp16 · Ascend 910B2\n")
+    assert "Times: as published." in shown
+    assert "2·sq·sk·(d+e)" in shown
+    assert "24 cores of Ascend 910B2" in shown
+    assert "a projection, not a measurement" in shown
+    details = grid(shown)[-1]
+    assert details[0] == ["case", "kernel", "status", "µs", "vs baseline", "GEMM TFLOP/s", "GB/s", "% of peak"]
+    assert len(details) == 41
+    assert details[2][1:4] == ["jit_flash", "PASSED", "19.200"]
+    gemm = 4 * 128 * 1024 * 128 / 19.2 / 1e6
+    assert details[2][4] == "3.66×"
+    assert details[2][5:] == [f"{gemm:.2f}", f"{2 * 2 * 1152 * 128 / 19.2 / 1e3:.1f}", f"{gemm / 353.9 * 100:.1f}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [("910B3", "70.72", f"{80.6308 * 20 / 16:.2f}"), ("Ascend 910B1", "84.87", "120.95"), ("Toaster", "—", "—")],
+)
+def test_device_name_changes_the_normalized_column_alone(name: str, first: str, last: str) -> None:
+    table, before = grid(published(device_name=name))[0], grid(published())[0]
+    assert [cells[:6] for cells in table] == [cells[:6] for cells in before]
+    assert (table[1][6], table[20][6]) == (first, last)
+
+
+@pytest.mark.parametrize("style", [s for s in text.FORMATS if s != text.CSV])
+def test_every_tabulate_format_shows_the_published_numbers(style: str) -> None:
+    shown = html.unescape(Tables(store.load(ASCEND_CSV)).render(style))
+    for numbers in PUBLISHED.values():
+        assert [n for n in numbers if n not in shown] == []
+    assert "Normalized JIT TFLOP/s" in shown
+
+
+def test_the_formats_are_tabulates_and_csv() -> None:
+    assert (*tabulate_formats, "csv") == text.FORMATS
+
+
+def test_csv_is_the_text_of_results_csv() -> None:
+    loaded = store.load(ASCEND_CSV)
+    assert Tables(loaded).render("csv") == csv_text(loaded.rows)
+    assert len(list(csv.reader(io.StringIO(csv_text(loaded.rows))))) == 41
+
+
+# --- baselines, headers, order ----------------------------------------------------------------------------------------
+
+
+def test_other_backends_stand_under_their_own_names() -> None:
+    tables = Tables(record(at(1, "sdpa", 10.0), at(1, "gemm_ref", 40.0), at(1, "jit_flash", 5.0)), "gemm_ref")
+    assert [c.headers[2:] for c in tables.comparisons] == [
+        ("gemm_ref µs", "JIT µs", "Speedup", "JIT TFLOP/s", "Normalized JIT TFLOP/s"),
+        ("gemm_ref µs", "sdpa µs", "Speedup", "sdpa TFLOP/s", "Normalized sdpa TFLOP/s"),
+    ]
+    assert [c.cells[0][2:5] for c in tables.comparisons] == [
+        ["40.000", "5.000", "8.00×"],
+        ["40.000", "10.000", "4.00×"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "kernels", [("a", "jit_flash", "sdpa"), ("sdpa", "a", "jit_flash"), ("jit_flash", "sdpa", "a")]
+)
+def test_the_first_table_is_jit_flashs(kernels: tuple[str, ...]) -> None:
+    tables = Tables(record(*(at(1, kernel, 10.0) for kernel in kernels)), "sdpa")
+    assert [c.contender for c in tables.comparisons] == ["jit_flash", "a"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernels", "baseline"),
+    [
+        ("npu", ("jit_flash", "sdpa", "npu_fused_attention"), "npu_fused_attention"),
+        ("cuda", ("jit_flash", "npu_fused_attention", "sdpa"), "sdpa"),
+        ("cpu", ("gemm_ref", "jit_flash", "sdpa"), "sdpa"),
+        ("cpu", ("other", "jit_flash", "gemm_ref"), "gemm_ref"),
+        ("cpu", ("jit_flash", "other", "another"), "other"),
+        ("cpu", ("jit_flash",), None),
+    ],
+)
+def test_the_default_baseline_is_the_devices(kind: str, kernels: tuple[str, ...], baseline: str | None) -> None:
+    device = dataclasses.replace(DEVICE, kind=kind)
+    results = [at(1, kernel, 10.0, device=kind) for kernel in kernels]
+    assert Tables(record(*results, device=device)).baseline == baseline
+
+
+def test_one_backend_alone_has_times_and_no_speedup() -> None:
+    comparison = Tables(record(at(1, "jit_flash", 10.0))).comparisons[0]
+    assert comparison.headers[2] == "Baseline µs"
+    assert comparison.cells[0][2:5] == ["—", "10.000", "—"]
+    assert comparison.summary == "jit_flash: nothing to compare with"
+
+
+def test_best_is_the_fastest_other_of_each_problem() -> None:
+    results = [
+        *(at(1, "a", 10.0), at(1, "b", 20.0), at(1, "jit_flash", 5.0)),
+        *(at(2, "a", 30.0), at(2, "b", 15.0), at(2, "jit_flash", 60.0)),
+        *(at(3, "a", 8.0), failed("b", seqlen_q=3), at(3, "jit_flash", 8.0)),
+    ]
+    comparisons = Tables(record(*results), "best").comparisons
+    assert comparisons[0].headers[2] == "Best µs"
+    assert [c[2:5] for c in comparisons[0].cells] == [
+        ["10.000", "5.000", "2.00×"],
+        ["15.000", "60.000", "0.25×"],
+        ["8.000", "8.000", "1.00×"],
+    ]
+    assert [c[2:5] for c in comparisons[1].cells] == [
+        ["5.000", "10.000", "0.50×"],
+        ["15.000", "30.000", "0.50×"],
+        ["8.000", "8.000", "1.00×"],
+    ]
+    assert [c.contender for c in comparisons] == ["jit_flash", "a", "b"], "with best, every backend is a contender"
+
+
+def test_a_baseline_that_is_not_there_is_refused() -> None:
+    with pytest.raises(AttnbenchError) as caught:
+        Tables(record(at(1, "a", 1.0), at(1, "b", 1.0)), "sdpa")
+    assert (caught.value.message, caught.value.hint) == ("the baseline 'sdpa' is not in a-run", "there are a, b")
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_a_baseline_that_failed_leaves_the_contenders_times() -> None:
+    tables = Tables(record(failed("sdpa", seqlen_q=1), at(1, "jit_flash", 5.0), at(2, "jit_flash", 6.0)), "sdpa")
+    assert [c[2:5] for c in tables.comparisons[0].cells] == [["—", "5.000", "—"], ["—", "6.000", "—"]]
+
+
+def test_a_contender_that_failed_shows_no_number() -> None:
+    tables = Tables(record(at(1, "sdpa", 9.0), failed(seqlen_q=1), at(2, "sdpa", 9.0), at(2, "jit_flash", 3.0)), "sdpa")
+    assert [c[2:] for c in tables.comparisons[0].cells] == [
+        ["9.000", "—", "—", "—", "—"],
+        ["9.000", "3.000", "3.00×", *tables.comparisons[0].cells[1][5:]],
+    ]
+    assert tables.comparisons[0].summary == "jit_flash over sdpa: geometric mean 3.00× on 1 problem"
+
+
+def test_every_configuration_has_a_table_of_its_own() -> None:
+    results = [
+        passed(kernel, (time,), problem={"seqlen_q": sq, **shape})
+        for shape in ({}, {"causal": True}, {"dtype": "bf16"}, {"heads_q": 8, "heads_kv": 2})
+        for sq in (1, 2)
+        for kernel, time in (("sdpa", 8.0), ("jit_flash", 4.0))
+    ]
+    comparisons = Tables(record(*results)).comparisons
+    names = ["b1-h1-d128-fp16", "b1-h1-d128-fp16-causal", "b1-h1-d128-bf16", "b1-h8x2-d128-fp16"]
+    assert [c.configuration for c in comparisons] == names
+    assert [[cells[0] for cells in c.cells] for c in comparisons] == [["1", "2"]] * 4
+    assert Tables(record(*results)).render().count("Speedup |") == 4
+
+
+def test_nothing_passed_shows_details_only() -> None:
+    tables = Tables(record(failed("sdpa", Status.OOM, "no room"), failed(reason="broke")))
+    assert tables.comparisons == ()
+    for details in (True, False):
+        shown = tables.render(details=details)
+        assert shown.startswith("### Details\n")
+        assert "Speedup" not in shown
+        case = "b1-h1-q128-k1024-d128-fp16"
+        assert grid(shown)[0] == [
+            ["case", "kernel", "status", "reason"],
+            [case, "sdpa", "OOM", "no room"],
+            [case, "jit_flash", "RUNTIME_ERROR", "broke"],
+        ]
+
+
+@pytest.mark.parametrize(
+    "timing", [{"statistic": "mean"}, {"timing_method": "host_clock"}, {"cache": "cold"}], ids=lambda t: next(iter(t))
+)
+def test_one_table_never_mixes_ways_of_timing(timing: dict[str, str]) -> None:
+    with pytest.raises(AttnbenchError) as caught:
+        Tables(record(at(1, "a", 1.0), at(1, "b", 1.0, timing=timing)))
+    assert "a-run mixes times taken in different ways: " in caught.value.message
+    words = "median, device_events, hot cache"
+    assert words in caught.value.message
+    assert Tables(record(at(1, "a", 1.0), failed("b", seqlen_q=1))).captions[0].startswith(f"Times: {words}.")
+
+
+# --- intervals and verdicts -------------------------------------------------------------------------------------------
+
+T_975_3 = 3.182446305284263
+"""Student's t with 3 degrees of freedom, from a table."""
+
+
+@pytest.mark.parametrize(
+    ("contender", "verdict"),
+    [((5.0, 5.1, 4.9, 5.0), "faster"), ((20.0, 21.0, 19.0, 20.0), "slower"), ((10.0, 11.0, 9.5, 9.9), "tie")],
+)
+def test_a_speedup_whose_interval_includes_1_is_a_tie(contender: tuple[float, ...], verdict: str) -> None:
+    baseline = (10.0, 10.2, 9.9, 10.1)
+    tables = Tables(record(at(1, "sdpa", *baseline), at(1, "jit_flash", *contender)), "sdpa")
+    ratio = tables.comparisons[0].ratios[0]
+    assert ratio is not None
+    logs = [math.log(b / c) for b, c in zip(baseline, contender)]
+    mean = sum(logs) / 4
+    half = T_975_3 * math.sqrt(sum((v - mean) ** 2 for v in logs) / 3) / 2
+    value = statistics.median(baseline) / statistics.median(contender)
+    assert ratio.value == pytest.approx(value)
+    assert (ratio.low, ratio.high) == pytest.approx((value * math.exp(-half), value * math.exp(half)), rel=1e-9)
+    assert ratio.verdict == verdict
+    details = dict(zip(DETAIL_COLUMNS, tables.detail_rows[1]))
+    assert details["verdict"] == verdict
+    assert details["95% interval of it"] == f"{value * math.exp(-half):.2f} to {value * math.exp(half):.2f}"
+    assert dict(zip(DETAIL_COLUMNS, tables.detail_rows[0]))["vs baseline"] == "—", "the baseline is not its own rival"
+
+
+def test_noise_that_both_shared_cancels() -> None:
+    """Blocks are paired: a machine twice as slow in one round says nothing about the speedup."""
+    noise = (1.0, 2.0, 1.0, 1.5)
+    tables = Tables(
+        record(at(1, "sdpa", *(10 * n for n in noise)), at(1, "jit_flash", *(9 * n for n in noise))), "sdpa"
+    )
+    ratio = tables.comparisons[0].ratios[0]
+    assert ratio is not None
+    assert (ratio.low, ratio.high, ratio.verdict) == (pytest.approx(10 / 9), pytest.approx(10 / 9), "faster")
+
+
+def test_the_summary_is_the_geometric_mean_with_its_verdicts() -> None:
+    results = []
+    for sq, ours in enumerate((5.0, 20.0, 2.5, 10.0), 1):
+        results += [at(sq, "sdpa", 10.0, 10.0, 10.1), at(sq, "jit_flash", ours, ours, ours * (1.0 + (sq == 4) * 0.2))]
+    summary = Tables(record(*results), "sdpa").comparisons[0].summary
+    assert summary == (
+        "jit_flash over sdpa: geometric mean 1.41× on 4 problems (2 faster, 1 tie, 1 slower; 95% intervals)"
+    )
+
+
+def test_a_csv_has_no_blocks_and_so_no_verdict() -> None:
+    details = [dict(zip(DETAIL_COLUMNS, cells)) for cells in Tables(store.load(ASCEND_CSV)).detail_rows]
+    assert (details[1]["vs baseline"], details[1]["verdict"], details[1]["95% interval of it"]) == ("3.66×", "—", "—")
+
+
+def test_details_show_error_budget_and_the_classic_verdict() -> None:
+    off = dataclasses.replace(passed().check, classic_ok=False)
+    tables = Tables(record(dataclasses.replace(passed(), check=off), passed("sdpa"), failed("x", reason="why")))
+    details = [dict(zip(DETAIL_COLUMNS, cells)) for cells in tables.detail_rows]
+    assert [d["1e-3"] for d in details] == ["off", "ok", "—"]
+    assert [d["max error"] for d in details] == ["1.00e-04", "1.00e-04", "—"]
+    assert [d["budget"] for d in details] == ["4.00e-04", "4.00e-04", "—"]
+    assert [d["reason"] for d in details] == ["", "", "why"]
+    assert (details[0]["n"], details[0]["host µs"], details[2]["n"]) == ("4", "5.0", "—")
+
+
+# --- hostile text -----------------------------------------------------------------------------------------------------
+
+HOSTILE_RECORD = record(
+    at(1, "jit_flash", 5.0, 5.1),
+    *(failed(f"k{n}", reason=words, seqlen_q=1) for n, words in enumerate(HOSTILE)),
+    *(at(1, words, 5.0, 5.1) for words in HOSTILE),
+    device=dataclasses.replace(DEVICE, name="".join(HOSTILE)),
+)
+
+
+def hostile(style: str) -> str:
+    return Tables(HOSTILE_RECORD, HOSTILE[0]).render(style)
+
+
+@pytest.mark.parametrize("style", text.FORMATS)
+def test_no_format_lets_control_codes_through(style: str) -> None:
+    shown = hostile(style)
+    assert {c for c in shown if not c.isprintable()} <= {"\n", "\t"}
+    assert "two lines more" in html.unescape(shown).replace("\\", "")
+
+
+def test_markdown_keeps_its_columns_and_shows_text_as_it_is() -> None:
+    shown = hostile("github")
+    assert "<" not in shown
+    assert not re.search(r"(?<!\\)[\[\]`]", shown)
+    assert [{len(cells) for cells in table} for table in grid(shown)] == [
+        *[{7}] * len(HOSTILE),
+        {len(DETAIL_COLUMNS)},
+    ]
+    assert grid(shown)[-1][0] == list(DETAIL_COLUMNS)
+    reasons = [re.sub(r"\\(.)", r"\1", html.unescape(cells[-1])) for cells in grid(shown)[-1][2 : 2 + len(HOSTILE)]]
+    expected = [" ".join(text.printable(words).split()) for words in HOSTILE]
+    assert reasons == expected
+
+
+@pytest.mark.parametrize("style", ["html", "unsafehtml"])
+def test_html_has_no_tag_but_the_tables_own(style: str) -> None:
+    shown = hostile(style)
+    tags = set(re.findall(r"<\s*/?\s*([^\s>/]+)", shown))
+    assert tags == {"table", "thead", "tbody", "tr", "th", "td", "h3", "p"}
+    assert set(re.findall(r"<\w+([^>]*)>", shown)) <= {"", ' style="text-align: right;"'}
+    assert "<script>alert(1)</script>" in html.unescape(shown)
+
+
+@pytest.mark.parametrize("style", [s for s in text.FORMATS if s.startswith("latex")])
+def test_latex_has_no_command_but_the_tables_own(style: str) -> None:
+    shown = "\n".join(line for line in hostile(style).splitlines() if not line.startswith("%"))
+    own = {"begin", "end", "hline", "toprule", "midrule", "bottomrule", "endhead", "textbackslash", "ensuremath"}
+    commands = set(re.findall(r"\\([A-Za-z]+)", shown))
+    assert commands <= own | {"textasciitilde", "textasciicircum"}
+    assert "textbackslash" in commands
+    assert not re.search(r"(?<!\\)[$#_%^~]", shown)
+    # {T}} and the like would close what they did not open.
+    assert all(line.count("{") == line.count("}") for line in re.sub(r"\\[{}]", "", shown).splitlines())
+
+
+def test_latex_prose_is_all_comments() -> None:
+    prose = [p for p in hostile("latex_raw").split("\n\n") if "begin{tabular}" not in p]
+    assert prose
+    assert all(line.startswith("% ") for p in prose for line in p.splitlines())
+
+
+def test_jira_macros_links_and_images_are_escaped() -> None:
+    shown = hostile("jira")
+    assert "\\{html\\}" in shown
+    cells = re.sub(r"\\.", "", shown)
+    assert not re.search(r"[\[\]{}!]", cells)
+    for line in cells.splitlines():
+        if line.startswith("| "):
+            assert line.count("|") == 1 + (7 if line.count("|") < 10 else len(DETAIL_COLUMNS))
+
+
+def test_mediawiki_templates_links_and_tags_are_escaped() -> None:
+    shown = hostile("mediawiki")
+    body = shown.replace('{| class="wikitable" style="text-align: left;"', "").replace("|}", "")
+    assert not re.search(r"\{\{|\[|<(?!!-- caption -->)|''", body)
+    assert "&#123;&#123;T&#125;&#125;" in body
+
+
+def test_hostile_csv_is_harmless_cells() -> None:
+    lines = list(csv.reader(io.StringIO(hostile("csv"))))
+    assert {len(line) for line in lines} == {len(COLUMNS)}
+    assert not [cell for line in lines[1:] for cell in line if cell[:1] in ("=", "+", "@")]
+
+
+def test_markup_in_plain_styles_is_left_as_it_is() -> None:
+    """Nothing here goes through rich or a browser: brackets are letters."""
+    assert "[bold]x[/bold]" in hostile("plain")
+
+
+# --- check, json, frame -----------------------------------------------------------------------------------------------
+
+
+def test_the_check_table_shows_verdict_error_and_inputs() -> None:
+    table = grid(check_table([dataclasses.replace(passed(), measurement=None), failed(reason="a|b")], "github"))[0]
+    assert table[0] == ["case", "kernel", "status", "max error", "budget", "1e-3", "worst inputs", "rows", "reason"]
+    assert table[1][1:] == ["jit_flash", "PASSED", "1.00e-04", "4.00e-04", "ok", "normal", "128/128", ""]
+    assert table[2][1:] == ["jit_flash", "RUNTIME_ERROR", "—", "—", "—", "—", "—", "a\\|b"]
+
+
+def test_json_has_the_columns_and_null_for_nothing() -> None:
+    data = json.loads(json_text(record(passed(), failed("x")).rows))
+    assert [list(entry) for entry in data] == [list(COLUMNS)] * 2
+    assert (data[0]["time_us"], data[1]["time_us"], data[1]["reason"], data[0]["causal"]) == (
+        20.0,
+        None,
+        "it broke",
+        False,
+    )
+
+
+FLOATS = (
+    *("time_us", "tflops", "mean_us", "median_us", "p10_us", "p90_us", "ci95_low_us", "ci95_high_us", "host_us"),
+    *("tflops_gemm", "gbps", "pct_peak", "normalized_tflops", "max_abs_err", "err_budget", "clock_mhz"),
+)
+
+
+@pytest.mark.parametrize(
+    "results",
+    [(passed(), failed("x")), (passed(timing={"clock_mhz": None}, used_cores=None),), (failed("x"), failed("y"))],
+    ids=["mixed", "some columns empty", "nothing passed"],
+)
+def test_a_frames_types_do_not_depend_on_its_values(results: tuple[Result, ...]) -> None:
+    table = frame(record(*results).rows)
+    assert list(table.columns) == list(COLUMNS)
+    assert {str(table[c].dtype) for c in FLOATS} == {"float64"}
+    assert {str(table[c].dtype) for c in ("n_samples", "n_blocks", "used_cores")} == {"Int64"}
+    whole = ("sq", "sk", "head_size", "flops_total", "batch", "heads_q", "heads_kv", "head_dim_v", "schema_version")
+    assert {str(table[c].dtype) for c in whole} == {"int64"}
+    assert str(table["causal"].dtype) == "bool"
+    assert list(table["kernel"]) == [r.backend for r in results]
+    assert list(table["time_us"].isna()) == [r.measurement is None for r in results]
+
+
+def test_a_comparison_without_a_ratio_has_seven_cells() -> None:
+    only = record(passed()).rows[0]
+    comparison = Comparison("jit_flash", "sdpa", "c", ((only, None),), (None,))
+    assert len(comparison.headers) == len(comparison.cells[0]) == 7

@@ -1,0 +1,236 @@
+"""attnbench.result: which states cannot be built, what a measurement says, and JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnbench import stats
+from attnbench.problem import Problem
+from attnbench.result import HARMLESS, Check, Measurement, Result, Status, speedup
+
+PROBLEM = Problem(seqlen_q=2, seqlen_k=3, dtype="fp32", causal=True, window=2, heads_q=4, heads_kv=2)
+GOOD = Check(max_abs_err=1e-4, err_budget=1e-3, classic_ok=True, inputs="normal", rows_checked=2, rows_total=2)
+BAD = dataclasses.replace(GOOD, max_abs_err=1e-2, fault="off")
+SHAPELESS = dataclasses.replace(GOOD, max_abs_err=None, fault="wrong shape")
+TIMES = Measurement(
+    blocks=((1.0, 2.0), (3.0, 10.0)), statistic="mean", timing_method="host_clock", cache="hot", host_us=1.5
+)
+
+
+def result(**changes: object) -> Result:
+    fields = {"problem": PROBLEM, "backend": "sdpa", "device": "cpu", "status": Status.PASSED, "check": GOOD}
+    return Result(**(fields | changes))  # type: ignore[arg-type]
+
+
+# Impossible states
+
+
+@pytest.mark.parametrize("status", [s for s in Status if s is not Status.PASSED])
+def test_a_number_never_stands_beside_a_failure(status):
+    with pytest.raises(ValueError, match=f"a {status.value} result has no measurement"):
+        result(status=status, reason="why", check=None, measurement=TIMES)
+    assert result(status=status, reason="why", check=None).measurement is None
+
+
+@pytest.mark.parametrize("check", [None, BAD, SHAPELESS])
+def test_passed_needs_a_check_that_passed(check):
+    with pytest.raises(ValueError, match="PASSED only by a check that passed"):
+        result(check=check, measurement=TIMES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reason": "but"}, "a reason exactly where it is not PASSED"),
+        ({"status": Status.OOM, "check": None}, "a reason exactly where it is not PASSED"),
+        ({"problem": Problem(seqlen_q=2, seqlen_k=3)}, "needs a dtype, not auto"),
+        ({"device": "gpu"}, "device must be one of cpu, cuda, npu"),
+        ({"used_cores": 0}, "used_cores must be at least 1"),
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        result(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_abs_err": 1e-2}, "beyond its budget needs a fault"),
+        ({"max_abs_err": None}, "beyond its budget needs a fault"),
+        ({"max_abs_err": math.nan}, "max_abs_err must be"),
+        ({"max_abs_err": -1.0}, "max_abs_err must be"),
+        ({"max_abs_err": math.inf, "fault": "off"}, "max_abs_err must be"),
+        ({"err_budget": math.nan}, "err_budget must be"),
+        ({"err_budget": math.inf}, "err_budget must be"),
+        ({"err_budget": -1e-9}, "err_budget must be"),
+        ({"err_budget": True}, "err_budget must be"),
+    ],
+)
+def test_a_check_passes_only_within_its_budget(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(GOOD, **changes)
+
+
+def test_an_error_equal_to_its_budget_is_within():
+    assert dataclasses.replace(GOOD, max_abs_err=1e-3).passed
+    assert dataclasses.replace(GOOD, max_abs_err=0.0, err_budget=0.0).passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"blocks": ()}, "at least one block"),
+        ({"blocks": ((1.0,), ())}, "at least one block of at least one time"),
+        ({"blocks": ((1.0, 0.0),)}, "above 0, not 0.0"),
+        ({"blocks": ((-1.0,),)}, "above 0"),
+        ({"blocks": ((math.nan,),)}, "finite"),
+        ({"blocks": ((math.inf,),)}, "finite"),
+        ({"blocks": (("1",),)}, "finite"),
+        ({"blocks": ((True,),)}, "finite"),
+        ({"host_us": 0.0}, "above 0"),
+        ({"host_us": None}, "finite"),
+        ({"statistic": "min"}, "mean or median"),
+        ({"cache": "warm"}, "hot or cold"),
+        ({"clock_mhz": 0.0}, "clock_mhz"),
+        ({"clock_mhz": math.nan}, "clock_mhz"),
+    ],
+)
+def test_a_measurement_holds_times_alone(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TIMES, **changes)
+
+
+def test_the_records_are_frozen():
+    for record, field in ((result(), "status"), (GOOD, "fault"), (TIMES, "host_us")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, field, None)
+
+
+# Severity
+
+
+def test_severity_orders_checks_from_right_to_not_comparable():
+    overwrote = dataclasses.replace(GOOD, fault="it overwrote its input q")
+    exact = dataclasses.replace(GOOD, max_abs_err=0.0, err_budget=0.0)
+    inexact = dataclasses.replace(GOOD, max_abs_err=1e-9, err_budget=0.0, fault="off")
+    assert exact.severity == 0
+    assert GOOD.severity == pytest.approx(0.1)
+    assert inexact.severity == 1
+    assert BAD.severity == pytest.approx(10)
+    assert SHAPELESS.severity == overwrote.severity == math.inf
+
+
+# Measurements
+
+
+def test_time_us_is_the_mean_or_the_median_of_all_calls():
+    assert TIMES.samples == (1.0, 2.0, 3.0, 10.0)
+    assert TIMES.time_us == 4.0
+    assert TIMES.block_times_us == (1.5, 6.5)
+    median = dataclasses.replace(TIMES, blocks=((1.0, 2.0, 9.0), (3.0, 10.0)), statistic="median")
+    assert median.time_us == 3.0
+    assert median.block_times_us == (2.0, 6.5)
+
+
+times = st.floats(1e-3, 1e6)
+
+
+@given(st.lists(st.lists(times, min_size=1, max_size=5), min_size=2, max_size=6), st.sampled_from(["mean", "median"]))
+def test_the_interval_contains_time_us_and_is_as_wide_as_the_blocks_say(blocks, statistic):
+    taken = dataclasses.replace(TIMES, blocks=tuple(map(tuple, blocks)), statistic=statistic)
+    assert taken.ci95_us is not None
+    low, high = taken.ci95_us
+    assert low <= taken.time_us <= high
+    logs = [math.log(value) for value in taken.block_times_us]
+    half = stats.t_quantile(0.95, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    assert math.log(high / low) == pytest.approx(2 * half, abs=1e-9)
+
+
+def test_one_block_gives_no_interval():
+    assert dataclasses.replace(TIMES, blocks=((1.0, 2.0, 3.0),)).ci95_us is None
+
+
+def test_speedup_is_baseline_over_contender_over_paired_blocks():
+    slow = dataclasses.replace(TIMES, blocks=((10.0,), (20.0,), (40.0,)))
+    fast = dataclasses.replace(TIMES, blocks=((5.0,), (10.0,), (20.0,)))
+    found = speedup(slow, fast)
+    assert found.value == pytest.approx(2.0)
+    assert (found.low, found.high) == pytest.approx((2.0, 2.0))
+    assert found.verdict == "faster"
+    assert speedup(fast, slow).verdict == "slower"
+    assert speedup(slow, slow).verdict == "tie"
+    assert speedup(slow, dataclasses.replace(fast, blocks=((5.0,),))).verdict == "-"
+
+
+# Status and key
+
+
+def test_the_statuses_are_the_contracts_twelve():
+    assert [s.value for s in Status] == [str(s) for s in Status]
+    assert " ".join(Status) == (
+        "PASSED UNSUPPORTED UNAVAILABLE INCORRECT TAMPERED IMPLAUSIBLE COMPILE_ERROR RUNTIME_ERROR OOM TIMEOUT "
+        "CRASHED SKIPPED"
+    )
+
+
+def test_harmless_are_the_statuses_that_leave_the_exit_code_alone():
+    assert {s.value for s in HARMLESS} == {"PASSED", "UNSUPPORTED", "UNAVAILABLE", "SKIPPED"}
+
+
+def test_a_results_key_is_its_case_and_backend():
+    assert result().key == ("b1-h4x2-q2-k3-d128-fp32-causal-w2", "sdpa")
+
+
+# JSON
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        result(),
+        result(measurement=TIMES, used_cores=3),
+        result(measurement=dataclasses.replace(TIMES, statistic="median", cache="cold", clock_mhz=2400.5)),
+        result(status=Status.INCORRECT, reason="off", check=BAD),
+        result(status=Status.INCORRECT, reason="shape", check=SHAPELESS),
+        *(result(status=s, reason="why → µs", check=None) for s in Status if s is not Status.PASSED),
+    ],
+    ids=lambda r: r.status.value,
+)
+def test_json_round_trip(made):
+    assert Result.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_json_holds_plain_values():
+    data = result(measurement=TIMES).to_json()
+    assert data["status"] == "PASSED"
+    assert type(data["status"]) is str
+    assert json.loads(json.dumps(data))["measurement"]["blocks"] == [[1.0, 2.0], [3.0, 10.0]]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda d: d.pop("problem"),
+        lambda d: d.update(status="FINE"),
+        lambda d: d.update(speed=3),
+        lambda d: d["check"].pop("inputs"),
+        lambda d: d["measurement"].pop("blocks"),
+        lambda d: d["measurement"].update(blocks=[[0.0]]),
+        lambda d: d.update(status="OOM", reason="x"),
+        lambda d: d.update(check=None),
+        lambda d: d["problem"].update(dtype="auto"),
+    ],
+)
+def test_json_that_is_no_result_is_refused(spoil):
+    data = json.loads(json.dumps(result(measurement=TIMES).to_json()))
+    spoil(data)
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        Result.from_json(data)

@@ -1,0 +1,472 @@
+"""attnbench.runner: how each kind of backend ends, that one's failure is nobody else's, and what is recorded when."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import time
+import weakref
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from attnbench import registry, runner
+from attnbench.backend import Backend
+from attnbench.devices import DeviceInfo
+from attnbench.devices.cpu import CpuDevice
+from attnbench.jit import CompileError
+from attnbench.plan import Entry, Plan
+from attnbench.problem import Problem, Suite
+from attnbench.protocol import Protocol
+from attnbench.reference import DISTRIBUTIONS
+from attnbench.registry import BackendInfo, EntryPointRef
+from attnbench.result import Status
+from attnbench.rows import row
+
+SHAPE = {"seqlen_q": 8, "seqlen_k": 24, "head_dim": 16, "dtype": "fp32"}
+PROBLEM = Problem(**SHAPE)
+OTHER = Problem(**SHAPE | {"seqlen_q": 5, "causal": True})
+DEVICE = DeviceInfo(kind="cpu", name="Test CPU", cores=8)
+QUICK = Protocol(name="fixed", warmup=1, iters=4)
+TIMED_CALLS = 1 + 5 + 4 * 2
+"""Calls of a lane under QUICK: warm-up, host times, and four blocks of one call that re-warms and one timed."""
+FIRST_TIMED = 1 + 1 + 5
+"""Calls before that: the check, the warm-up and the host times."""
+NUMBERS = ("time_us", "tflops", "tflops_gemm", "mean_us", "median_us", "ci95_low_us", "host_us", "normalized_tflops")
+
+
+def attend(problem, q, k, v):
+    rows = torch.arange(problem.seqlen_q)[:, None] + problem.seqlen_k - problem.seqlen_q
+    mask = torch.arange(problem.seqlen_k) <= rows if problem.causal else None
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=problem.softmax_scale)
+
+
+class Right(Backend):
+    """Correct, and the parent of everything that is not."""
+
+    name, device = "right", "cpu"
+
+    def prepare(self, problem, q, k, v):
+        return lambda: attend(problem, q, k, v)
+
+    def parallel_units(self, problem):
+        return 2
+
+
+class Wrong(Right):
+    def prepare(self, problem, q, k, v):
+        return lambda: torch.zeros(problem.out_shape)
+
+
+class Stale(Right):
+    """Right at first: it computes when it is prepared."""
+
+    def prepare(self, problem, q, k, v):
+        out = attend(problem, q, k, v)
+        return lambda: out
+
+
+class Overwrites(Right):
+    def prepare(self, problem, q, k, v):
+        def call():
+            out = attend(problem, q, k, v)
+            k.zero_()
+            return out
+
+        return call
+
+
+class OverwritesLater(Right):
+    """From the third call on, when the first check is over."""
+
+    def prepare(self, problem, q, k, v):
+        calls = []
+
+        def call():
+            calls.append(1)
+            out = attend(problem, q, k, v)
+            if len(calls) > 2:
+                q.add_(1)
+                v.add_(1)
+            return out
+
+        return call
+
+
+class AnswersItsOwnQuestion(Right):
+    """Gives the right answer to inputs that it made itself."""
+
+    def prepare(self, problem, q, k, v):
+        def call():
+            q.zero_()
+            return attend(problem, q, k, v)
+
+        return call
+
+
+class Subclass(Right):
+    def prepare(self, problem, q, k, v):
+        return lambda: torch.nn.Parameter(attend(problem, q, k, v))
+
+
+class Meta(Right):
+    def prepare(self, problem, q, k, v):
+        return lambda: torch.empty(problem.out_shape, device="meta")
+
+
+class Sparse(Right):
+    def prepare(self, problem, q, k, v):
+        return lambda: attend(problem, q, k, v).to_sparse()
+
+
+class Declines(Right):
+    def unsupported(self, problem):
+        return "causal only" if not problem.causal else None
+
+
+class DeclinesWithoutWords(Right):
+    def unsupported(self, problem):
+        return ""
+
+
+class NotCallable(Right):
+    def prepare(self, problem, q, k, v):
+        return attend(problem, q, k, v)
+
+
+def hang(*_):
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def raising(where, error):
+    """A backend that raises in one method: unsupported, prepare, parallel_units, call, or in a timed call alone."""
+
+    class Raising(Right):
+        def unsupported(self, problem):
+            if where == "unsupported":
+                raise error
+
+        def parallel_units(self, problem):
+            if where == "parallel_units":
+                raise error
+            return 1
+
+        def prepare(self, problem, q, k, v):
+            if where == "prepare":
+                raise error
+            calls = []
+
+            def call():
+                calls.append(1)
+                if where == "call" or (where == "timing" and len(calls) > FIRST_TIMED):
+                    raise error
+                return attend(problem, q, k, v)
+
+            return call
+
+    return Raising()
+
+
+def slow(where):
+    class Slow(Right):
+        def prepare(self, problem, q, k, v):
+            if where == "prepare":
+                hang()
+            calls = []
+
+            def call():
+                calls.append(1)
+                if where == "call" or (where == "timing" and len(calls) > FIRST_TIMED):
+                    hang()
+                return attend(problem, q, k, v)
+
+            return call
+
+    return Slow()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tiny tensors on several threads wait for each other, for long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Journal:
+    """An observer and a record that write down what they are told."""
+
+    def __init__(self):
+        self.events, self.results = [], []
+
+    def started(self, problem, index, total):
+        self.events.append(("started", problem.case_id, index, total))
+
+    def ended(self, results):
+        self.events.append(("ended", [r.backend for r in results]))
+
+    def record(self, results):
+        self.events.append(("record", [r.backend for r in results]))
+        self.results += results
+
+
+@pytest.fixture
+def go(monkeypatch):
+    """Run backends, given by name, over problems; gives what was recorded."""
+
+    def call(backends, problems=(PROBLEM,), protocol=QUICK, journal=None, entries=None, **options):
+        infos = {
+            name: BackendInfo(name, "cpu", "", "", True, None, EntryPointRef("toy", "1", name, name))
+            for name in backends
+        }
+        monkeypatch.setattr(registry, "load", lambda info: backends[info.name])
+        entries = entries or [Entry(name, info) for name, info in infos.items()]
+        plan = Plan(CpuDevice(), DEVICE, Suite("test", tuple(problems)), tuple(entries), None)
+        journal = journal or Journal()
+        runner.run(plan, protocol, journal.record, journal, **options)
+        return journal.results
+
+    return call
+
+
+# How each kind of backend ends
+
+
+def test_a_correct_backend_passes_with_a_measurement_and_its_cores(go):
+    (result,) = go({"right": Right()})
+    assert (result.status, result.reason, result.used_cores) == (Status.PASSED, "", 2)
+    assert result.check.passed
+    assert result.check.inputs == "normal"
+    assert len(result.measurement.samples) == 4
+    assert (result.measurement.timing_method, result.measurement.statistic) == ("host_clock", "mean")
+    assert row(result, DEVICE)["time_us"] == result.measurement.time_us
+
+
+ENDS = [
+    (Declines(), Status.UNSUPPORTED, "causal only"),
+    (DeclinesWithoutWords(), Status.UNSUPPORTED, "no reason given"),
+    (Wrong(), Status.INCORRECT, "max error "),
+    (Subclass(), Status.INCORRECT, "the output is a Parameter, not a plain torch.Tensor"),
+    (Meta(), Status.INCORRECT, "the output came back on meta"),
+    (Sparse(), Status.INCORRECT, "the output's layout is torch.sparse_coo"),
+    (Stale(), Status.INCORRECT, "after timing, on new inputs: max error "),
+    (Overwrites(), Status.INCORRECT, "it overwrote its input k"),
+    (OverwritesLater(), Status.INCORRECT, "after timing, on new inputs: it overwrote its input q and v"),
+    (AnswersItsOwnQuestion(), Status.INCORRECT, "it overwrote its input q"),
+    (NotCallable(), Status.RUNTIME_ERROR, "prepare() returned a Tensor, nothing to call"),
+    (raising("unsupported", ValueError("no")), Status.RUNTIME_ERROR, "unsupported(): ValueError: no"),
+    (raising("prepare", ValueError("no")), Status.RUNTIME_ERROR, "prepare(): ValueError: no"),
+    (raising("call", ValueError("no")), Status.RUNTIME_ERROR, "the call: ValueError: no"),
+    (raising("call", SystemExit(0)), Status.RUNTIME_ERROR, "the call: SystemExit: 0"),
+    (raising("parallel_units", ValueError("no")), Status.RUNTIME_ERROR, "parallel_units(): ValueError: no"),
+    (raising("timing", ValueError("no")), Status.RUNTIME_ERROR, "a timed call: ValueError: no"),
+    (raising("prepare", CompileError("bad flag")), Status.COMPILE_ERROR, "prepare(): bad flag"),
+    (raising("prepare", MemoryError()), Status.OOM, "prepare(): MemoryError"),
+    (raising("timing", MemoryError()), Status.OOM, "a timed call: MemoryError"),
+    (slow("prepare"), Status.TIMEOUT, "prepare() took longer than 1 s"),
+    (slow("call"), Status.TIMEOUT, "the call took longer than 1 s"),
+    (slow("timing"), Status.TIMEOUT, "a timed call took longer than 1 s"),
+]
+
+
+@pytest.mark.parametrize(("backend", "status", "words"), ENDS, ids=[f"{b.__class__.__name__}-{w}" for b, _, w in ENDS])
+def test_how_a_backend_ends_and_that_the_others_pass_all_the_same(go, backend, status, words):
+    timeout_s = 1.0 if status is Status.TIMEOUT else 60.0
+    found = go({"first": Right(), "bad": backend, "last": Right()}, timeout_s=timeout_s)
+    assert [r.backend for r in found] == ["first", "bad", "last"]
+    assert [r.status for r in found] == [Status.PASSED, status, Status.PASSED]
+    assert found[1].reason.startswith(words)
+    assert found[1].measurement is None
+    assert found[1].used_cores is None
+    assert (found[1].check is not None) is (status is Status.INCORRECT)
+    assert [column for column in NUMBERS if row(found[1], DEVICE)[column] is not None] == []
+    assert {len(r.measurement.samples) for r in (found[0], found[2])} == {4}
+
+
+def test_a_backend_that_is_not_available_gets_its_reason_and_is_never_loaded(go):
+    entries = [Entry("elsewhere", None, Status.UNAVAILABLE, "it runs on npu"), None]
+    info = BackendInfo("right", "cpu", "", "", True, None, EntryPointRef("toy", "1", "right", "right"))
+    entries[1] = Entry("right", info)
+    found = go({"right": Right()}, problems=(PROBLEM, OTHER), entries=entries)
+    assert [(r.status, r.reason) for r in found] == [(Status.UNAVAILABLE, "it runs on npu"), (Status.PASSED, "")] * 2
+
+
+@pytest.mark.parametrize("direction", ["bwd", "fwd_bwd"])
+def test_only_the_forward_direction_is_judged(go, direction):
+    (result,) = go({"right": Right()}, problems=[Problem(**SHAPE, direction=direction)])
+    assert (result.status, result.reason) == (Status.UNSUPPORTED, "attnbench judges the forward direction alone")
+
+
+def test_a_backend_that_fails_one_problem_runs_the_next(go):
+    found = go({"picky": Declines()}, problems=(PROBLEM, OTHER))
+    assert [r.status for r in found] == [Status.UNSUPPORTED, Status.PASSED]
+
+
+def test_the_home_folder_is_not_in_a_reason(go, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/jane")
+    (result,) = go({"bad": raising("prepare", OSError("/home/jane/lib.so is missing"))})
+    assert result.reason == "prepare(): OSError: ~/lib.so is missing"
+
+
+# Correctness alone
+
+
+class WrongOn(Right):
+    """Wrong where an input is as large as in one distribution alone."""
+
+    def __init__(self, distribution):
+        self.distribution = distribution
+
+    def prepare(self, problem, q, k, v):
+        def call():
+            large_q, large_k = q.abs().max() > 8, k.abs().max() > 8
+            now = "outliers" if large_k else "large_logits" if large_q else "normal"
+            return attend(problem, q, k, v) * (2 if now == self.distribution else 1)
+
+        return call
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_without_a_protocol_every_distribution_is_checked_and_the_worst_is_told(go, distribution):
+    problem = Problem(**SHAPE | {"seqlen_k": 512})
+    (right, wrong) = go({"right": Right(), "wrong": WrongOn(distribution)}, problems=[problem], protocol=None)
+    assert right.status is Status.PASSED
+    assert right.measurement is None
+    assert right.used_cores == 2
+    assert wrong.status is Status.INCORRECT
+    assert wrong.check.inputs == distribution
+    assert wrong.reason.endswith(f"({distribution} inputs)")
+
+
+def test_without_a_protocol_a_stale_output_is_found_too(go):
+    (result,) = go({"stale": Stale()}, protocol=None)
+    assert result.status is Status.INCORRECT
+
+
+def test_nothing_is_timed_that_is_wrong_and_the_calls_are_the_protocols(go):
+    counts = {}
+
+    def counting(parent, name):
+        class Counting(parent):
+            def prepare(self, problem, q, k, v):
+                call = super().prepare(problem, q, k, v)
+                counts[name] = 0
+
+                def counted():
+                    counts[name] += 1
+                    return call()
+
+                return counted
+
+        return Counting()
+
+    go({"right": counting(Right, "right"), "wrong": counting(Wrong, "wrong")})
+    # The first check, the timing, and the check after it.
+    assert counts == {"right": 1 + TIMED_CALLS + 1, "wrong": 1}
+
+
+# What is recorded when
+
+
+def test_results_are_recorded_problem_by_problem_in_the_plans_order(go):
+    journal = Journal()
+    go({"b": Right(), "a": Wrong(), "c": Right()}, problems=(PROBLEM, OTHER), journal=journal)
+    names = ["b", "a", "c"]
+    assert journal.events == [
+        ("started", PROBLEM.case_id, 0, 2),
+        ("record", names),
+        ("ended", names),
+        ("started", OTHER.case_id, 1, 2),
+        ("record", names),
+        ("ended", names),
+    ]
+    assert [r.problem for r in journal.results] == [PROBLEM] * 3 + [OTHER] * 3
+
+
+def test_cases_that_are_done_are_left_out(go):
+    journal = Journal()
+    done = {(PROBLEM.case_id, "a"), (PROBLEM.case_id, "b"), (OTHER.case_id, "a")}
+    found = go({"a": Right(), "b": Right()}, problems=(PROBLEM, OTHER), journal=journal, done=done)
+    assert [r.key for r in found] == [(OTHER.case_id, "b")]
+    assert journal.events[0] == ("started", OTHER.case_id, 1, 2)
+
+
+@pytest.mark.parametrize("where", ["unsupported", "prepare", "call", "timing"])
+def test_an_interrupt_passes_through_and_what_was_finished_stays(go, where):
+    class Interrupted(Right):
+        def unsupported(self, problem):
+            return None
+
+        def prepare(self, problem, q, k, v):
+            return (raising(where, KeyboardInterrupt()) if problem == OTHER else Right()).prepare(problem, q, k, v)
+
+    if where == "unsupported":
+        Interrupted.unsupported = lambda self, problem: (
+            raising(where, KeyboardInterrupt()).unsupported(problem) if problem == OTHER else None
+        )
+    journal = Journal()
+    with pytest.raises(KeyboardInterrupt):
+        go({"right": Right(), "stopped": Interrupted()}, problems=(PROBLEM, OTHER), journal=journal)
+    assert [r.key for r in journal.results] == [(PROBLEM.case_id, "right"), (PROBLEM.case_id, "stopped")]
+    assert gc.isenabled()
+
+
+def test_the_seed_decides_the_inputs(go):
+    seen = {}
+    for seed in (0, 0, 1):
+
+        class Watching(Right):
+            def prepare(self, problem, q, k, v):
+                seen.setdefault(seed, []).append(q.clone())  # noqa: B023
+                return super().prepare(problem, q, k, v)
+
+        go({"a": Watching(), "b": Watching()}, seed=seed)
+    assert len({tuple(q.flatten().tolist()) for q in seen[0]}) == 1
+    assert len(seen[0]) == 4
+    assert not seen[1][0].equal(seen[0][0])
+
+
+def test_memory_is_let_go_after_each_problem(go):
+    alive = []
+
+    class Watching(Right):
+        def prepare(self, problem, q, k, v):
+
+            gc.collect()
+            alive.append(sum(ref() is not None for ref in refs))
+            refs.append(weakref.ref(q))
+            return super().prepare(problem, q, k, v)
+
+    refs = []
+    go({"a": Watching(), "b": Watching()}, problems=(PROBLEM, OTHER, Problem(**SHAPE | {"seqlen_q": 3})))
+    assert alive == [0, 1] * 3  # b finds a's inputs of the same problem, and none of an earlier one
+
+
+# What is as before afterwards
+
+
+def test_no_garbage_is_collected_while_timing_and_it_is_again_afterwards(go):
+    enabled = []
+
+    class Watching(Right):
+        def prepare(self, problem, q, k, v):
+            def call():
+                enabled.append(gc.isenabled())
+                return attend(problem, q, k, v)
+
+            return call
+
+    go({"a": Watching(), "bad": raising("timing", ValueError("x"))})
+    assert enabled == [True] + [False] * TIMED_CALLS + [True]
+    assert gc.isenabled()
+
+
+def test_the_alarm_is_as_before_afterwards(go):
+    before = signal.getsignal(signal.SIGALRM)
+    go({"a": Right(), "hangs": slow("call"), "bad": raising("call", ValueError("x"))}, timeout_s=1.0)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -1,0 +1,308 @@
+"""attnbench.worker: what a backend's exceptions, hangs and wrong returns become, and that they end there."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from attnbench import registry
+from attnbench.backend import Backend
+from attnbench.devices.cpu import CpuDevice
+from attnbench.jit import CompileError
+from attnbench.problem import Problem
+from attnbench.reference import make_inputs
+from attnbench.registry import BackendInfo, EntryPointRef
+from attnbench.result import Status
+from attnbench.worker import REASON_LENGTH, CaseFailed, Worker
+
+PROBLEM = Problem(seqlen_q=4, seqlen_k=6, head_dim=8, dtype="fp32")
+INPUTS = make_inputs(PROBLEM, 0)
+INFO = BackendInfo("toy", "cpu", "", "", True, None, EntryPointRef("toy-dist", "1", "toy", "toy"))
+
+
+class Toy(Backend):
+    """Returns q; a test replaces what it wants broken."""
+
+    name, device = "toy", "cpu"
+
+    def __init__(self, **broken):
+        self.__dict__.update(broken)
+
+    def prepare(self, problem, q, k, v):
+        return lambda: q
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """A worker of the backend given, not yet prepared."""
+
+    def make(backend, timeout_s=30.0):
+        monkeypatch.setattr(registry, "load", lambda info: backend)
+        return Worker(INFO, CpuDevice(), timeout_s)
+
+    return make
+
+
+@pytest.fixture
+def prepared(worker):
+    """A worker whose callable is the one given."""
+
+    def make(call, timeout_s=30.0):
+        made = worker(Toy(prepare=lambda *_: call), timeout_s)
+        made.prepare(PROBLEM, INPUTS)
+        return made
+
+    return make
+
+
+def thrower(error):
+    def throw(*_):
+        raise error
+
+    return throw
+
+
+def failure(function, *arguments, **options):
+    with pytest.raises(CaseFailed) as caught:
+        function(*arguments, **options)
+    return caught.value.status, caught.value.reason
+
+
+# What is raised
+
+
+def out_of_memory(*_):
+    return torch.empty(1 << 60)
+
+
+RAISED = [
+    (thrower(ValueError("bad tile")), Status.RUNTIME_ERROR, "ValueError: bad tile"),
+    (thrower(SystemExit(3)), Status.RUNTIME_ERROR, "SystemExit: 3"),
+    (thrower(AssertionError()), Status.RUNTIME_ERROR, "AssertionError: no message"),
+    (thrower(RuntimeError("\n  first\nsecond")), Status.RUNTIME_ERROR, "RuntimeError: first"),
+    (thrower(MemoryError()), Status.OOM, "MemoryError: no message"),
+    (thrower(torch.OutOfMemoryError("CUDA out of memory")), Status.OOM, "OutOfMemoryError: CUDA out of memory"),
+    (out_of_memory, Status.OOM, "RuntimeError: "),
+    (thrower(CompileError("g++ does not know -march=z9")), Status.COMPILE_ERROR, "g++ does not know -march=z9"),
+]
+
+
+@pytest.mark.parametrize(("throw", "status", "words"), RAISED)
+def test_what_a_backend_raises_becomes_a_status_wherever_it_raises(worker, prepared, throw, status, words):
+    whole = worker(Toy(unsupported=throw, prepare=throw, parallel_units=throw))
+    called = prepared(throw)
+    for where, function, arguments in (
+        ("unsupported()", whole.unsupported, (PROBLEM,)),
+        ("parallel_units()", whole.parallel_units, (PROBLEM,)),
+        ("prepare()", whole.prepare, (PROBLEM, INPUTS)),
+        ("the call", called.output, ()),
+        ("a timed call", lambda: called.time_calls(2, cold=False), ()),
+        ("a call", called.host_us, (2,)),
+    ):
+        found, reason = failure(function, *arguments)
+        assert found is status
+        assert reason.startswith(f"{where}: {words}")
+        assert "\n" not in reason
+
+
+def test_a_long_reason_is_cut(prepared):
+    _, reason = failure(prepared(thrower(ValueError("x" * 10_000))).output)
+    assert reason == f"the call: ValueError: {'x' * (REASON_LENGTH - len('ValueError: '))}"
+
+
+def test_the_home_folder_is_not_in_a_reason(prepared, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/jane")
+    _, reason = failure(prepared(thrower(OSError("no /home/jane/sdk/lib.so"))).output)
+    assert reason == "the call: OSError: no ~/sdk/lib.so"
+
+
+@pytest.mark.parametrize("method", ["prepare", "output", "time_calls"])
+def test_an_interrupt_passes_through(worker, prepared, method):
+    broken = worker(Toy(prepare=thrower(KeyboardInterrupt())))
+    called = prepared(thrower(KeyboardInterrupt()))
+    functions = {
+        "prepare": lambda: broken.prepare(PROBLEM, INPUTS),
+        "output": called.output,
+        "time_calls": lambda: called.time_calls(1, cold=False),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        functions[method]()
+
+
+# What is returned
+
+
+@pytest.mark.parametrize("call", [None, 3, torch.zeros(4, 4)])
+def test_prepare_must_return_something_to_call(prepared, call):
+    status, reason = failure(prepared, call)
+    assert status is Status.RUNTIME_ERROR
+    assert reason == f"prepare() returned a {type(call).__name__}, nothing to call"
+
+
+@pytest.mark.parametrize("units", [0, -1, 1.5, "8", True])
+def test_parallel_units_must_be_a_number_of_cores(worker, units):
+    status, reason = failure(worker(Toy(parallel_units=lambda _: units)).parallel_units, PROBLEM)
+    assert status is Status.RUNTIME_ERROR
+    assert reason == f"parallel_units() returned {units!r}, not a number of cores"
+
+
+def test_parallel_units_may_be_a_number_or_none_or_missing(worker):
+    class Bare:
+        name, device = "bare", "cpu"
+
+        def unavailable(self):
+            return None
+
+        def unsupported(self, problem):
+            return "why not"
+
+        def prepare(self, problem, q, k, v):
+            return lambda: q
+
+    assert worker(Toy(parallel_units=lambda problem: problem.seqlen_q)).parallel_units(PROBLEM) == 4
+    assert worker(Toy()).parallel_units(PROBLEM) is None
+    assert worker(Bare()).parallel_units(PROBLEM) is None
+    assert worker(Bare()).unsupported(PROBLEM) == "why not"
+    assert worker(Toy()).unsupported(PROBLEM) is None
+
+
+def test_an_output_is_a_copy_and_anything_else_comes_back_as_it_is(prepared):
+    kept = torch.zeros(2, 3)
+    output = prepared(lambda: kept).output()
+    kept += 1
+    assert (output == 0).all()
+    for other in (None, "text", (kept,), torch.nn.Parameter(kept)):
+        assert prepared(lambda other=other: other).output() is other
+
+
+def test_an_output_with_a_gradient_history_is_detached(prepared):
+    leaf = torch.ones(3, requires_grad=True)
+    output = prepared(lambda: leaf * 2).output()
+    assert not output.requires_grad
+    assert output.tolist() == [2, 2, 2]
+
+
+# Inputs
+
+
+def test_inputs_are_the_backends_own_copies_and_renewed_in_place(worker):
+    seen = []
+    made = worker(Toy(prepare=lambda problem, *qkv: seen.extend(qkv) or (lambda: qkv[0])))
+    made.prepare(PROBLEM, INPUTS)
+    assert [tensor.equal(value) for tensor, value in zip(seen, (INPUTS.q, INPUTS.k, INPUTS.v))] == [True] * 3
+    addresses = [tensor.data_ptr() for tensor in seen]
+    assert not set(addresses) & {INPUTS.q.data_ptr(), INPUTS.k.data_ptr(), INPUTS.v.data_ptr()}
+    others = make_inputs(PROBLEM, 1)
+    made.renew(others)
+    assert [tensor.data_ptr() for tensor in seen] == addresses
+    assert [tensor.equal(value) for tensor, value in zip(seen, (others.q, others.k, others.v))] == [True] * 3
+    assert made.output().equal(others.q)
+    assert made.changed_inputs(others) == []
+    assert made.changed_inputs(INPUTS) == ["q", "k", "v"]
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_an_input_that_was_overwritten_is_named(worker, name):
+    def prepare(problem, q, k, v):
+        {"q": q, "k": k, "v": v}[name][0, 0, 0, 0] += 1
+        return lambda: q
+
+    made = worker(Toy(prepare=prepare))
+    made.prepare(PROBLEM, INPUTS)
+    assert made.changed_inputs(INPUTS) == [name]
+
+
+@pytest.mark.parametrize("spoil", [lambda q: q.resize_(0), lambda q: q.requires_grad_()], ids=["resized", "grad"])
+def test_inputs_that_cannot_be_renewed_are_the_backends_failure(worker, spoil):
+    made = worker(Toy(prepare=lambda problem, q, k, v: lambda: spoil(q)))
+    made.prepare(PROBLEM, INPUTS)
+    made.output()
+    status, reason = failure(made.renew, make_inputs(PROBLEM, 1))
+    assert status is Status.RUNTIME_ERROR
+    assert reason.startswith("renewing the inputs: RuntimeError: ")
+
+
+def test_prepare_comes_before_any_call_and_release_ends_it(worker):
+    made = worker(Toy())
+    for ready in (False, True):
+        if ready:
+            made.prepare(PROBLEM, INPUTS)
+            made.output()
+            made.release()
+        for function in (made.output, lambda: made.time_calls(1, cold=False), lambda: made.host_us(1)):
+            with pytest.raises(RuntimeError, match=r"prepare\(\) comes before"):
+                function()
+        with pytest.raises(RuntimeError, match=r"prepare\(\) comes before"):
+            made.changed_inputs(INPUTS)
+
+
+def test_a_prepare_that_fails_leaves_no_callable_of_the_last_problem(worker):
+    calls = iter([lambda: INPUTS.q])
+    made = worker(Toy(prepare=lambda *_: next(calls)))
+    made.prepare(PROBLEM, INPUTS)
+    assert failure(made.prepare, PROBLEM, INPUTS)[0] is Status.RUNTIME_ERROR
+    with pytest.raises(RuntimeError, match="comes before"):
+        made.output()
+
+
+# Time
+
+
+def loop(*_):
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        try:
+            time.sleep(0.001)
+        except Exception:  # a backend that swallows what it can
+            continue
+
+
+def test_a_backend_that_takes_too_long_is_stopped_wherever_it_is(worker, prepared):
+    whole = worker(Toy(unsupported=loop, prepare=loop, parallel_units=loop), 0.05)
+    called = prepared(loop, 0.05)
+    for where, function, arguments in (
+        ("unsupported()", whole.unsupported, (PROBLEM,)),
+        ("parallel_units()", whole.parallel_units, (PROBLEM,)),
+        ("prepare()", whole.prepare, (PROBLEM, INPUTS)),
+        ("the call", called.output, ()),
+        ("a timed call", lambda: called.time_calls(1, cold=False), ()),
+        ("a call", called.host_us, (1,)),
+    ):
+        assert failure(function, *arguments) == (Status.TIMEOUT, f"{where} took longer than 0.05 s")
+
+
+@pytest.mark.parametrize("call", [lambda: INPUTS.q, thrower(ValueError("x")), loop], ids=["fine", "raises", "hangs"])
+def test_the_alarm_and_its_handler_are_as_before_afterwards(prepared, call):
+    def mine(*_):
+        raise AssertionError("the alarm rang after the call")
+
+    made = prepared(call, 0.05)
+    before = signal.signal(signal.SIGALRM, mine)
+    try:
+        with contextlib.suppress(CaseFailed):
+            made.output()
+        assert signal.getsignal(signal.SIGALRM) is mine
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_outside_the_main_thread_a_worker_works_without_an_alarm(prepared):
+    made, outputs = prepared(lambda: INPUTS.q), []
+    thread = threading.Thread(target=lambda: outputs.append(made.output()))
+    thread.start()
+    thread.join()
+    assert outputs[0].equal(INPUTS.q)
+
+
+def test_times_come_one_a_call(prepared):
+    calls = []
+    made = prepared(lambda: calls.append(1) or time.sleep(0.001))
+    assert [len(made.time_calls(3, cold=False)), len(calls)] == [3, 3]
+    assert min(made.host_us(2)) >= 1000
+    assert len(calls) == 5
