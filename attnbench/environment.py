@@ -27,7 +27,7 @@ ENVIRONMENT_VARIABLES = (
 )
 """Settings that move timings. Values are recorded only where they look like numbers, lists of them, or a plain word."""
 
-_HARMLESS_VALUE = re.compile(r"[A-Za-z0-9_,.:-]{0,40}")
+_HARMLESS_VALUE = re.compile(r"[A-Za-z0-9_,.:-]{0,24}")
 LIBRARIES = ("attnbench", "torch", "torch-npu", "numpy", "pluggy")
 
 
@@ -71,6 +71,11 @@ def without_home(text: str) -> str:
     """`text` with the user's home folder written as ~."""
     home = os.path.expanduser("~")
     return re.sub(rf"{re.escape(home)}(?!\w)", "~", text) if len(home) > 1 else text
+
+
+def one_line(text: str) -> str:
+    """A plugin's words as a reason: in one line, and without the user's home folder."""
+    return " ".join(without_home(text).split())
 
 
 def _version(name: str) -> str | None:

@@ -327,7 +327,7 @@ def load_suite(path: Path) -> Suite:
                 if problem in problems:
                     raise ValueError(f"{problem.case_id} is there twice")
                 problems.append(problem)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise AttnbenchError(f"suite {path}, problem table {index}: {error}", hint) from error
     try:
         return Suite(name, tuple(problems), summary)

@@ -26,7 +26,8 @@ DEFAULT_BUDGET_S = 10.0
 FIXED_ROUNDS = 10
 """The timed iterations of `fixed` are dealt out over this many interleaved rounds."""
 WARM_UP_S = 0.02
-"""`adaptive` warms up for at least this long and MIN_CALLS calls."""
+"""`adaptive` warms up for this long, but at least MIN_CALLS and at most about WARM_UP_CALLS calls."""
+WARM_UP_CALLS = 20_000
 BLOCK_S = 0.05
 """`adaptive` times a backend for at least this long in a round…"""
 MIN_CALLS = 3
@@ -193,7 +194,7 @@ def _warm_up(lane: Lane, protocol: Protocol) -> Sequence[int]:
         rounds = min(FIXED_ROUNDS, protocol.iters)
         return [protocol.iters // rounds + (index < protocol.iters % rounds) for index in range(rounds)]
     times: list[float] = []
-    while len(times) < MIN_CALLS or sum(times) < WARM_UP_S * 1e6:
+    while len(times) < MIN_CALLS or (sum(times) < WARM_UP_S * 1e6 and len(times) < WARM_UP_CALLS):
         times += lane.time_calls(MIN_CALLS, cold=False)
     call_s = statistics.median(times) / 1e6
     return [round(min(max(BLOCK_S / call_s, MIN_CALLS), MAX_CALLS))]

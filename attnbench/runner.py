@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol as TypingProtocol
 
 from attnbench import protocol as timing
+from attnbench.environment import one_line
 from attnbench.plan import Entry, Plan
 from attnbench.problem import Problem
 from attnbench.protocol import Protocol
@@ -104,7 +105,7 @@ class _Round:
     def _admit(self, entry: Entry) -> _Case | None:
         """Prepare and check one backend; None where it ended here."""
         if entry.backend is None:
-            self._end(entry, entry.status or Status.UNAVAILABLE, entry.reason)
+            self._end(entry, entry.status or Status.UNAVAILABLE, one_line(entry.reason))
             return None
         if self._problem.direction != "fwd":
             self._end(entry, Status.UNSUPPORTED, "attnbench judges the forward direction alone")
@@ -113,9 +114,10 @@ class _Round:
             if entry.name not in self._workers:
                 self._workers[entry.name] = Worker(entry.backend, self._plan.device, self._timeout_s)
             worker = self._workers[entry.name]
+            worker.begin()
             reason = worker.unsupported(self._problem)
             if reason is not None:
-                self._end(entry, Status.UNSUPPORTED, str(reason) or "no reason given")
+                self._end(entry, Status.UNSUPPORTED, one_line(str(reason)) or "no reason given")
                 return None
             checks = list(self._checks(worker))
             worst = max(checks, key=lambda check: check.severity)
@@ -153,6 +155,8 @@ class _Round:
 
     def _time(self, cases: Sequence[_Case], protocol: Protocol) -> dict[str, Measurement]:
         by_name = {case.entry.name: case for case in cases}
+        for case in cases:
+            case.worker.begin()
 
         def failed(name: str, error: CaseFailed) -> None:
             self._end(by_name[name].entry, error.status, error.reason)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -46,12 +47,17 @@ class Worker:
     """One backend on one device. Every method raises CaseFailed where the backend fails, never its own exceptions."""
 
     def __init__(self, info: BackendInfo, device: Device, timeout_s: float) -> None:
-        """`timeout_s` bounds each call of a method."""
+        """`timeout_s` bounds what the backend takes in all between one `begin` and the next."""
         self._backend = registry.load(info)
         self._device = device
         self._timeout_s = timeout_s
+        self._left_s = timeout_s
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._call: Callable[[], Tensor] | None = None
+
+    def begin(self) -> None:
+        """Start a phase (prepare and check, or timing) with the whole of `timeout_s` before it."""
+        self._left_s = self._timeout_s
 
     def unsupported(self, problem: Problem) -> str | None:
         with self._guard("unsupported()"):
@@ -133,13 +139,17 @@ class Worker:
     @contextlib.contextmanager
     def _guard(self, doing: str) -> Iterator[None]:
         """Turn whatever the backend raises, or its running out of time, into CaseFailed."""
+        start_s = time.monotonic()
         try:
-            with _alarm(self._timeout_s):
+            with _alarm(self._left_s):
                 yield
         except _TimeIsUp:
-            raise CaseFailed(Status.TIMEOUT, f"{doing} took longer than {self._timeout_s:g} s") from None
+            raise CaseFailed(Status.TIMEOUT, f"{doing} was not done within {self._timeout_s:g} s") from None
         except (Exception, SystemExit) as error:  # a backend may raise anything, and may try to end the process
             raise CaseFailed(_status(error), without_home(f"{doing}: {_words(error)}")) from error
+        finally:
+            # Time that is up is up at once: a timer of 0 s would never ring.
+            self._left_s = max(self._left_s - (time.monotonic() - start_s), 1e-6)
 
 
 @contextlib.contextmanager

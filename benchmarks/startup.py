@@ -41,7 +41,9 @@ def main() -> None:
     for name, (_, limit) in COMMANDS.items():
         median = statistics.median(taken[name])
         bound = "" if limit is None else f", may take {limit:g} s: {'ok' if median <= limit else 'TOO SLOW'}"
-        print(f"{name}: {median:.3f} s ({min(taken[name]):.3f} to {max(taken[name]):.3f}, {median / empty:.0f}×){bound}")
+        print(
+            f"{name}: {median:.3f} s ({min(taken[name]):.3f} to {max(taken[name]):.3f}, {median / empty:.0f}×){bound}"
+        )
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def test_an_adaptive_block_lasts_50_ms_within_3_and_1000_calls(call_us, calls):
     assert [len(block) for block in found.blocks] == [calls] * LOOKS[0]
 
 
-@pytest.mark.parametrize(("call_us", "calls"), [(1000.0, 21), (5.0, 4002), (1e6, 3)])
+@pytest.mark.parametrize(("call_us", "calls"), [(1000.0, 21), (5.0, 4002), (1e6, 3), (0.001, 20_001)])
 def test_adaptive_warms_up_for_20_ms_and_at_least_3_calls(call_us, calls):
     lane = Lane(times=(call_us,))
     go([lane], Protocol())

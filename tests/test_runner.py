@@ -267,9 +267,9 @@ ENDS = [
     (raising("prepare", CompileError("bad flag")), Status.COMPILE_ERROR, "prepare(): bad flag"),
     (raising("prepare", MemoryError()), Status.OOM, "prepare(): MemoryError"),
     (raising("timing", MemoryError()), Status.OOM, "a timed call: MemoryError"),
-    (slow("prepare"), Status.TIMEOUT, "prepare() took longer than 1 s"),
-    (slow("call"), Status.TIMEOUT, "the call took longer than 1 s"),
-    (slow("timing"), Status.TIMEOUT, "a timed call took longer than 1 s"),
+    (slow("prepare"), Status.TIMEOUT, "prepare() was not done within 1 s"),
+    (slow("call"), Status.TIMEOUT, "the call was not done within 1 s"),
+    (slow("timing"), Status.TIMEOUT, "a timed call was not done within 1 s"),
 ]
 
 
@@ -470,3 +470,11 @@ def test_the_alarm_is_as_before_afterwards(go):
     go({"a": Right(), "hangs": slow("call"), "bad": raising("call", ValueError("x"))}, timeout_s=1.0)
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_reason_is_one_line_without_the_home_folder(go, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/jane")
+    backend = Right()
+    backend.unsupported = lambda problem: "needs\n /home/jane/sdk"
+    (result,) = go({"a": backend})
+    assert (result.status, result.reason) == (Status.UNSUPPORTED, "needs ~/sdk")

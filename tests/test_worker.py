@@ -273,7 +273,22 @@ def test_a_backend_that_takes_too_long_is_stopped_wherever_it_is(worker, prepare
         ("a timed call", lambda: called.time_calls(1, cold=False), ()),
         ("a call", called.host_us, (1,)),
     ):
-        assert failure(function, *arguments) == (Status.TIMEOUT, f"{where} took longer than 0.05 s")
+        whole.begin()
+        called.begin()
+        assert failure(function, *arguments) == (Status.TIMEOUT, f"{where} was not done within 0.05 s")
+
+
+def test_the_timeout_is_for_a_phase_in_all_and_each_phase_has_the_whole(prepared):
+    def nap():
+        time.sleep(0.2)
+        return INPUTS.q
+
+    made = prepared(nap, 0.7)
+    made.time_calls(2, cold=False)
+    assert failure(made.time_calls, 2, cold=False)[0] is Status.TIMEOUT
+    assert failure(made.output)[0] is Status.TIMEOUT
+    made.begin()
+    assert made.output().equal(INPUTS.q)
 
 
 @pytest.mark.parametrize("call", [lambda: INPUTS.q, thrower(ValueError("x")), loop], ids=["fine", "raises", "hangs"])
