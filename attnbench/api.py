@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnbench import environment, plan, registry, runner, store
 from attnbench.errors import ExitCode
+from attnbench.isolation import IsolatedWorker
 from attnbench.plan import Plan, Selection
 from attnbench.problem import Problem
 from attnbench.protocol import Protocol, make_protocol
-from attnbench.registry import Catalogue
+from attnbench.registry import BackendInfo, Catalogue
 from attnbench.result import HARMLESS, Result, Status
 from attnbench.rows import SCHEMA_VERSION
-from attnbench.runner import DEFAULT_TIMEOUT_S, Observer
+from attnbench.runner import DEFAULT_TIMEOUT_S, AnyWorker, Observer
 from attnbench.store import RunWriter
+from attnbench.worker import Worker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,6 +59,7 @@ def execute(
     out: Path | None = None,
     seed: int = 0,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    isolate: bool = True,
 ) -> Outcome:
     """Run a plan into a new run directory. An interrupt ends it early, with what was finished.
 
@@ -78,7 +81,9 @@ def execute(
     writer = RunWriter(out or _new_directory(the_plan), header, the_plan.info)
     interrupted = False
     try:
-        runner.run(the_plan, protocol, writer.add, observer, seed=seed, timeout_s=timeout_s)
+        runner.run(
+            the_plan, protocol, writer.add, observer, seed=seed, start=_starter(the_plan, timeout_s, isolate=isolate)
+        )
     except KeyboardInterrupt:
         interrupted = True
     if writer.results:
@@ -88,10 +93,25 @@ def execute(
     return Outcome(writer.path, writer.results, interrupted)
 
 
-def check(the_plan: Plan, observer: Observer, *, seed: int = 0, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Result]:
+def _starter(the_plan: Plan, timeout_s: float, *, isolate: bool) -> Callable[[BackendInfo], AnyWorker]:
+    """What starts a backend's worker: in a process of its own or, for a debugger, in this one."""
+    if isolate:
+        return lambda info: IsolatedWorker(info, timeout_s)
+    return lambda info: Worker(registry.load(info), the_plan.device, timeout_s)
+
+
+def check(
+    the_plan: Plan,
+    observer: Observer,
+    *,
+    seed: int = 0,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    isolate: bool = True,
+) -> list[Result]:
     """Check correctness alone, on every distribution of inputs; writes nothing."""
     results: list[Result] = []
-    runner.run(the_plan, None, results.extend, observer, seed=seed, timeout_s=timeout_s)
+    start = _starter(the_plan, timeout_s, isolate=isolate)
+    runner.run(the_plan, None, results.extend, observer, seed=seed, start=start)
     return results
 
 

@@ -54,6 +54,9 @@ Baseline = Annotated[
     str | None,
     typer.Option(help="A backend's name, or best: the fastest other one of each problem. [default: the device's]"),
 ]
+NoIsolate = Annotated[
+    bool, typer.Option("--no-isolate", help="Run backends in this process, for a debugger: what crashes one ends all.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also tell how every case ended.")]
 
 
@@ -170,6 +173,7 @@ def check(
     timeout: Timeout = 120.0,
     seed: Seed = 0,
     no_plugin: NoPlugin = None,
+    no_isolate: NoIsolate = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -182,7 +186,9 @@ def check(
         from attnbench.report.tables import check_table
 
         with _progress(verbose) as observer:
-            results = api.check(the_plan, observer, seed=seed, timeout_s=_positive_timeout(timeout))
+            results = api.check(
+                the_plan, observer, seed=seed, timeout_s=_positive_timeout(timeout), isolate=not no_isolate
+            )
         if as_json:
             _print_json(out, [result.to_json() for result in results])
         else:
@@ -224,6 +230,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and exit.")] = False,
     seed: Seed = 0,
     no_plugin: NoPlugin = None,
+    no_isolate: NoIsolate = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -252,6 +259,7 @@ def run(
                 out=out,
                 seed=seed,
                 timeout_s=limit,
+                isolate=not no_isolate,
             )
         if outcome.results:
             tables = Tables(store.load(outcome.path), the_plan.baseline)

@@ -51,6 +51,10 @@ class Lane(TypingProtocol):
         """CPU times in µs until each of `count` eager calls returns."""
         ...
 
+    def pause(self) -> None:
+        """Stop taking cores from the others until the next call."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
@@ -156,12 +160,14 @@ def measure(
 
     def warm_up(name: str) -> None:
         records[name] = _Record(_warm_up(lanes[name], protocol), [], lanes[name].host_us(HOST_CALLS))
+        lanes[name].pause()
 
     def take(name: str) -> None:
         if protocol.cache == "hot":  # the others ran since: bring this lane's inputs back before the first timed call
             lanes[name].time_calls(1, cold=False)
         block = lanes[name].time_calls(records[name].next_count(), cold=protocol.cache == "cold")
         records[name].blocks.append(tuple(round(value, 4) for value in block))
+        lanes[name].pause()
 
     each(list(lanes), warm_up)
     start = time.monotonic()

@@ -175,6 +175,21 @@ def plain_error(problem: Problem, inputs: Inputs, rows: Tensor, expected: Tensor
     return worst
 
 
+def form_fault(problem: Problem, output: object) -> str:
+    """Why an output, brought to the CPU, cannot be compared at all; empty where it can."""
+    if type(output) is not Tensor:
+        return f"the output is a {type(output).__name__}, not a plain torch.Tensor"
+    if tuple(output.shape) != problem.out_shape:
+        return f"the output's shape is {tuple(output.shape)}, not {problem.out_shape}"
+    if output.dtype != torch_dtype(problem):
+        return f"the output's dtype is {output.dtype}, not {torch_dtype(problem)}"
+    if output.layout is not torch.strided:
+        return f"the output's layout is {output.layout}, not {torch.strided}"
+    if output.device.type != "cpu":
+        return f"the output came back on {output.device.type}, not on the problem's device"
+    return ""
+
+
 @dataclass(frozen=True)
 class Reference:
     """The oracle's rows for one set of inputs and the error budget there; judges outputs against both."""
@@ -197,7 +212,7 @@ class Reference:
 
     def judge(self, output: object) -> Check:
         """Compare an output, on the CPU, with the oracle."""
-        fault = self._fault_of_form(output)
+        fault = form_fault(self.problem, output)
         if fault or not isinstance(output, Tensor):
             return self._check(None, False, fault)
         infinite = int((~torch.isfinite(output)).sum())
@@ -216,19 +231,6 @@ class Reference:
     def fault(self, words: str) -> Check:
         """The check of a case that is wrong whatever its output holds."""
         return self._check(None, False, words)
-
-    def _fault_of_form(self, output: object) -> str:
-        if type(output) is not Tensor:
-            return f"the output is a {type(output).__name__}, not a plain torch.Tensor"
-        if tuple(output.shape) != self.problem.out_shape:
-            return f"the output's shape is {tuple(output.shape)}, not {self.problem.out_shape}"
-        if output.dtype != torch_dtype(self.problem):
-            return f"the output's dtype is {output.dtype}, not {torch_dtype(self.problem)}"
-        if output.layout is not torch.strided:
-            return f"the output's layout is {output.layout}, not {torch.strided}"
-        if output.device.type != "cpu":
-            return f"the output came back on {output.device.type}, not on the problem's device"
-        return ""
 
     def _check(self, max_abs_err: float | None, classic_ok: bool, fault: str) -> Check:
         return Check(

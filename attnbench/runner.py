@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol as TypingProtocol
 
 from attnbench import protocol as timing
 from attnbench.environment import one_line
+from attnbench.isolation import IsolatedWorker
 from attnbench.plan import Entry, Plan
 from attnbench.problem import Problem
 from attnbench.protocol import Protocol
 from attnbench.reference import DISTRIBUTIONS, Distribution, Inputs, Reference, derive_seed, make_inputs
+from attnbench.registry import BackendInfo
 from attnbench.result import Check, Measurement, Result, Status
 from attnbench.worker import CaseFailed, Worker
+
+AnyWorker = Worker | IsolatedWorker
 
 DEFAULT_TIMEOUT_S = 120.0
 FIRST_INPUTS: Distribution = "normal"
@@ -35,7 +39,7 @@ class _Case:
     """One admitted backend on the problem in hand."""
 
     entry: Entry
-    worker: Worker
+    worker: AnyWorker
     check: Check
     used_cores: int | None
 
@@ -47,22 +51,38 @@ def run(
     observer: Observer,
     *,
     seed: int = 0,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    start: Callable[[BackendInfo], AnyWorker],
     done: Collection[tuple[str, str]] = (),
 ) -> None:
     """Run the plan problem by problem; `record` gets each problem's results as soon as it is over.
 
-    Without a protocol correctness alone is checked, on every distribution of inputs. Cases in `done`, keyed as
-    `Result.key`, are left out.
+    `start` gives the worker of a backend, in this process or in one of its own. Without a protocol correctness alone
+    is checked, on every distribution of inputs. Cases in `done`, keyed as `Result.key`, are left out.
     """
-    workers: dict[str, Worker] = {}
+    workers = {entry.name: start(entry.backend) for entry in plan.entries if entry.backend is not None}
+    try:
+        _run(plan, protocol, record, observer, seed, workers, done)
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def _run(
+    plan: Plan,
+    protocol: Protocol | None,
+    record: Callable[[Sequence[Result]], None],
+    observer: Observer,
+    seed: int,
+    workers: Mapping[str, AnyWorker],
+    done: Collection[tuple[str, str]],
+) -> None:
     problems = plan.suite.problems
     for index, problem in enumerate(problems):
         entries = [entry for entry in plan.entries if (problem.case_id, entry.name) not in done]
         if not entries:
             continue
         observer.started(problem, index, len(problems))
-        results = _Round(plan, problem, entries, workers, protocol, seed, timeout_s).run()
+        results = _Round(plan, problem, entries, workers, protocol, seed).run()
         record(results)
         observer.ended(results)
 
@@ -75,10 +95,9 @@ class _Round:
         plan: Plan,
         problem: Problem,
         entries: Sequence[Entry],
-        workers: dict[str, Worker],
+        workers: Mapping[str, AnyWorker],
         protocol: Protocol | None,
         seed: int,
-        timeout_s: float,
     ) -> None:
         self._plan = plan
         self._problem = problem
@@ -86,7 +105,6 @@ class _Round:
         self._workers = workers
         self._protocol = protocol
         self._seed = seed
-        self._timeout_s = timeout_s
         self._results: dict[str, Result] = {}
         self._references: dict[tuple[int, Distribution], tuple[Inputs, Reference]] = {}
 
@@ -111,8 +129,6 @@ class _Round:
             self._end(entry, Status.UNSUPPORTED, "attnbench judges the forward direction alone")
             return None
         try:
-            if entry.name not in self._workers:
-                self._workers[entry.name] = Worker(entry.backend, self._plan.device, self._timeout_s)
             worker = self._workers[entry.name]
             worker.begin()
             reason = worker.unsupported(self._problem)
@@ -129,7 +145,7 @@ class _Round:
             self._end(entry, failure.status, failure.reason)
             return None
 
-    def _checks(self, worker: Worker) -> Iterator[Check]:
+    def _checks(self, worker: AnyWorker) -> Iterator[Check]:
         """The verdict on the inputs that will be timed and, where nothing is timed, on all the others."""
         others = [] if self._protocol else [name for name in DISTRIBUTIONS if name != FIRST_INPUTS]
         inputs, reference = self._reference(self._seed, FIRST_INPUTS)
@@ -140,9 +156,10 @@ class _Round:
             worker.renew(inputs)
             yield self._judge(worker, inputs, reference)
 
-    def _judge(self, worker: Worker, inputs: Inputs, reference: Reference) -> Check:
+    def _judge(self, worker: AnyWorker, inputs: Inputs, reference: Reference) -> Check:
         check = reference.judge(worker.output())
-        changed = worker.changed_inputs(inputs)
+        pairs = zip("qkv", worker.inputs(), (inputs.q, inputs.k, inputs.v))
+        changed = [name for name, now, put in pairs if not now.equal(put)]
         return reference.fault(f"it overwrote its input {' and '.join(changed)}") if changed else check
 
     def _reference(self, seed: int, distribution: Distribution) -> tuple[Inputs, Reference]:
@@ -154,9 +171,13 @@ class _Round:
         return self._references[key]
 
     def _time(self, cases: Sequence[_Case], protocol: Protocol) -> dict[str, Measurement]:
-        by_name = {case.entry.name: case for case in cases}
+        by_name: dict[str, _Case] = {}
         for case in cases:
-            case.worker.begin()
+            try:
+                case.worker.begin()
+                by_name[case.entry.name] = case
+            except CaseFailed as failure:
+                self._end(case.entry, failure.status, failure.reason)
 
         def failed(name: str, error: CaseFailed) -> None:
             self._end(by_name[name].entry, error.status, error.reason)

@@ -1,6 +1,6 @@
 """Owns one backend while it runs: its tensors, its callable, and what its exceptions mean. Knows no judge and no table.
 
-It answers the runner in plain values and CPU tensors, so that it can live in another process.
+It answers in plain values and CPU tensors: to the runner in its own process, or by serve.py to one in another.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from attnbench import registry
+from attnbench.backend import Backend
 from attnbench.devices import Device
 from attnbench.environment import without_home
 from attnbench.jit import CompileError
 from attnbench.problem import Problem
-from attnbench.registry import BackendInfo
 from attnbench.result import Status
 
 if TYPE_CHECKING:
@@ -46,9 +45,9 @@ class _TimeIsUp(BaseException):
 class Worker:
     """One backend on one device. Every method raises CaseFailed where the backend fails, never its own exceptions."""
 
-    def __init__(self, info: BackendInfo, device: Device, timeout_s: float) -> None:
+    def __init__(self, backend: Backend, device: Device, timeout_s: float) -> None:
         """`timeout_s` bounds what the backend takes in all between one `begin` and the next."""
-        self._backend = registry.load(info)
+        self._backend = backend
         self._device = device
         self._timeout_s = timeout_s
         self._left_s = timeout_s
@@ -90,11 +89,11 @@ class Worker:
                 tensor.copy_(value)
             self._device.synchronize()
 
-    def changed_inputs(self, inputs: Inputs) -> list[str]:
-        """Which of q, k and v no longer hold what was put there."""
-        pairs = zip("qkv", self._tensors, (inputs.q, inputs.k, inputs.v))
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What q, k and v hold now, on the CPU."""
+        q, k, v = self._tensors
         with self._guard("reading the inputs back"):
-            return [name for name, tensor, value in pairs if not tensor.cpu().equal(value)]
+            return q.cpu(), k.cpu(), v.cpu()
 
     def output(self) -> object:
         """Call once; a plain tensor comes back as a copy on the CPU, anything else as it is."""
@@ -119,6 +118,13 @@ class Worker:
         call = self._prepared
         with self._guard("a call"):
             return self._device.host_us(call, count)
+
+    def pause(self) -> None:
+        """Nothing of this worker runs between its calls, but for threads that the backend keeps spinning."""
+
+    def close(self) -> None:
+        """End; nothing may be asked afterwards."""
+        self.release()
 
     def release(self) -> None:
         """Let go of the inputs and the callable, and with them of the backend's memory."""

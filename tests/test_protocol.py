@@ -43,6 +43,9 @@ class Lane:
             raise Broken(f"{self.name} broke")
         return [next(self.times) for _ in range(count)]
 
+    def pause(self):
+        """Nothing to stop."""
+
     def host_us(self, count):
         self.journal.append((self.name, "host", count))
         return [7.0, 1.0, 2.0, 3.0, 100.0][:count]

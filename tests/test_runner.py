@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnbench import registry, runner
+from attnbench import runner
 from attnbench.backend import Backend
 from attnbench.devices import DeviceInfo
 from attnbench.devices.cpu import CpuDevice
@@ -23,6 +23,7 @@ from attnbench.reference import DISTRIBUTIONS
 from attnbench.registry import BackendInfo, EntryPointRef
 from attnbench.result import Status
 from attnbench.rows import row
+from attnbench.worker import Worker
 
 SHAPE = {"seqlen_q": 8, "seqlen_k": 24, "head_dim": 16, "dtype": "fp32"}
 PROBLEM = Problem(**SHAPE)
@@ -215,19 +216,25 @@ class Journal:
 
 
 @pytest.fixture
-def go(monkeypatch):
+def go():
     """Run backends, given by name, over problems; gives what was recorded."""
 
-    def call(backends, problems=(PROBLEM,), protocol=QUICK, journal=None, entries=None, **options):
+    def call(backends, problems=(PROBLEM,), protocol=QUICK, journal=None, entries=None, timeout_s=60.0, **options):
         infos = {
             name: BackendInfo(name, "cpu", "", "", True, None, EntryPointRef("toy", "1", name, name))
             for name in backends
         }
-        monkeypatch.setattr(registry, "load", lambda info: backends[info.name])
         entries = entries or [Entry(name, info) for name, info in infos.items()]
         plan = Plan(CpuDevice(), DEVICE, Suite("test", tuple(problems)), tuple(entries), None)
         journal = journal or Journal()
-        runner.run(plan, protocol, journal.record, journal, **options)
+        runner.run(
+            plan,
+            protocol,
+            journal.record,
+            journal,
+            start=lambda info: Worker(backends[info.name], CpuDevice(), timeout_s),
+            **options,
+        )
         return journal.results
 
     return call

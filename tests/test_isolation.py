@@ -1,0 +1,310 @@
+"""Worker processes: whatever a backend does to its own, the runner gets a status, a reason and no orphan."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from attnbench.isolation import IsolatedWorker
+from attnbench.problem import Problem
+from attnbench.reference import Reference, make_inputs
+from attnbench.registry import BackendInfo, EntryPointRef
+from attnbench.result import Status
+from attnbench.worker import CaseFailed
+
+PROBLEM = Problem(seqlen_q=8, seqlen_k=16, head_dim=8, dtype="fp32")
+INPUTS = make_inputs(PROBLEM, 0)
+PIDS = "pids.txt"
+
+FAULTY = """
+import ctypes, os, signal, subprocess, sys, time
+import torch
+from attnbench import Backend, hookimpl
+
+
+def right(problem, q, k, v):
+    return torch.softmax(q @ k.transpose(-1, -2) * problem.softmax_scale, -1) @ v
+
+
+def no_alarm_rings():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+
+
+def hang():
+    no_alarm_rings()
+    time.sleep(600)
+
+
+def hang_with_children():
+    left = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    with open(os.environ["PIDS"], "w") as file:
+        print(os.getpid(), left.pid, file=file)
+    hang()
+
+
+def memory():
+    raise MemoryError("all gone")
+
+
+def say(words):
+    for descriptor in range(3, 64):
+        try:
+            os.write(descriptor, words)
+        except OSError:
+            pass
+
+
+def swamp():
+    say((1 << 31).to_bytes(4, "big"))
+
+
+def babble():
+    say(b"\\0\\0\\0\\5hello")
+
+
+def claim_nothing():
+    say(b'\\0\\0\\0\\17{"value": "no"}')
+
+
+FAULTS = {
+    "segv": lambda: ctypes.string_at(0),
+    "sigkill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "abort": os.abort,
+    "exit_0": lambda: os._exit(0),
+    "exit_3": lambda: os._exit(3),
+    "raises": lambda: 1 / 0,
+    "sys_exit": lambda: sys.exit(0),
+    "memory": memory,
+    "hang": hang,
+    "hang_politely": lambda: time.sleep(600),
+    "hang_with_children": hang_with_children,
+    "close_all": lambda: os.closerange(3, 64),
+    "swamp": swamp,
+    "babble": babble,
+    "claim_nothing": claim_nothing,
+    "prints": lambda: (print("from python"), os.write(1, b"from the system\\n")),
+    "fine": lambda: None,
+}
+
+
+class Faulty(Backend):
+    device = "cpu"
+
+    def __init__(self, name):
+        self.name = name
+
+    def prepare(self, problem, q, k, v):
+        def call():
+            FAULTS[self.name]()
+            return right(problem, q, k, v)
+
+        return call
+
+
+class Clock(Backend):
+    name, device = "clock", "cpu"
+
+    def prepare(self, problem, q, k, v):
+        ticks = iter(range(10**9))
+        time.perf_counter_ns = lambda: next(ticks)
+
+        def call():
+            time.sleep(0.01)
+            return right(problem, q, k, v)
+
+        return call
+
+
+@hookimpl
+def attnbench_backends():
+    return [*map(Faulty, FAULTS), Clock()]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "faulty.py").write_text(FAULTY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        patch.setenv("PIDS", str(folder / PIDS))
+        yield folder
+
+
+def info(name: str) -> BackendInfo:
+    return BackendInfo(name, "cpu", "", "", True, None, EntryPointRef("faulty", "1", "faulty", "faulty"))
+
+
+@pytest.fixture
+def worker() -> Iterator:
+    with contextlib.ExitStack() as stack:
+
+        def make(name: str, timeout_s: float = 60.0) -> IsolatedWorker:
+            made = IsolatedWorker(info(name), timeout_s)
+            stack.callback(made.close)
+            made.begin()
+            return made
+
+        yield make
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def assert_gone(pids: list[int]) -> None:
+    until = time.monotonic() + 20
+    while time.monotonic() < until and any(map(is_alive, pids)):
+        time.sleep(0.02)
+    assert [pid for pid in pids if is_alive(pid)] == []
+
+
+def pids(folder: Path) -> list[int]:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            if (text := (folder / PIDS).read_text()).endswith("\n"):
+                return [int(word) for word in text.split()]
+        time.sleep(0.02)
+    raise AssertionError("the backend was never called")
+
+
+ENDS = [
+    ("segv", Status.CRASHED, "its process was killed by SIGSEGV"),
+    ("sigkill", Status.CRASHED, "its process was killed by SIGKILL (out of memory?)"),
+    ("abort", Status.CRASHED, "its process was killed by SIGABRT"),
+    ("exit_0", Status.CRASHED, "its process ended with exit code 0"),
+    ("exit_3", Status.CRASHED, "its process ended with exit code 3"),
+    ("raises", Status.RUNTIME_ERROR, "the call: ZeroDivisionError: division by zero"),
+    ("sys_exit", Status.RUNTIME_ERROR, "the call: SystemExit: 0"),
+    ("memory", Status.OOM, "the call: MemoryError: all gone"),
+    ("close_all", Status.CRASHED, "its process ended with exit code 0"),
+    ("swamp", Status.CRASHED, "its answer to output cannot be read: a message of 2147483648 bytes is too large"),
+    ("babble", Status.CRASHED, "its answer to output cannot be read: it is no JSON"),
+    ("hang", Status.TIMEOUT, "output was not done within 0.5 s, and was killed"),
+    ("hang_politely", Status.TIMEOUT, "the call was not done within 0.5 s"),
+]
+
+
+@pytest.mark.parametrize(("name", "status", "reason"), ENDS, ids=[end[0] for end in ENDS])
+def test_every_end_has_its_status_and_the_next_phase_a_fresh_process(worker, name, status, reason):
+    made = worker(name, 0.5 if status is Status.TIMEOUT else 60.0)
+    made.prepare(PROBLEM, INPUTS)
+    with pytest.raises(CaseFailed) as caught:
+        made.output()
+    assert caught.value.status is status
+    assert caught.value.reason.startswith(reason)
+    made.begin()
+    assert made.unsupported(PROBLEM) is None
+
+
+def test_a_right_backend_is_right_through_shared_memory_and_reads_renewed_inputs(worker):
+    made = worker("fine")
+    for seed in (0, 1):
+        inputs = make_inputs(PROBLEM, seed)
+        made.prepare(PROBLEM, inputs) if seed == 0 else made.renew(inputs)
+        assert Reference.of(PROBLEM, inputs, seed).judge(made.output()).passed
+        assert all(now.equal(put) for now, put in zip(made.inputs(), (inputs.q, inputs.k, inputs.v)))
+    times = made.time_calls(7, cold=False)
+    assert len(times) == 7
+    assert all(0 < time_us < 60e6 for time_us in times)
+
+
+def test_what_a_backend_prints_does_not_reach_stdout(worker, capfd):
+    made = worker("prints")
+    made.prepare(PROBLEM, INPUTS)
+    made.output()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "from the system" in err
+
+
+def test_an_answer_of_another_kind_than_asked_for_is_none(worker):
+    made = worker("claim_nothing")
+    made.prepare(PROBLEM, INPUTS)
+    with pytest.raises(CaseFailed) as caught:
+        made.time_calls(1, cold=False)
+    assert caught.value.status is Status.CRASHED
+    assert "it is not what was asked for" in caught.value.reason
+
+
+def test_times_that_do_not_add_up_to_the_wall_clock_are_tampered(worker):
+    made = worker("clock")
+    made.prepare(PROBLEM, INPUTS)
+
+    def time_for_long() -> None:
+        for _ in range(10):
+            made.time_calls(10, cold=False)
+
+    with pytest.raises(CaseFailed) as caught:
+        time_for_long()
+    assert caught.value.status is Status.TAMPERED
+    assert "its times add up to" in caught.value.reason
+
+
+def test_a_hung_worker_is_killed_with_the_grandchild_that_left_its_group(worker, plugin):
+    (plugin / PIDS).unlink(missing_ok=True)
+    made = worker("hang_with_children", 1.0)
+    made.prepare(PROBLEM, INPUTS)
+    with pytest.raises(CaseFailed) as caught:
+        made.output()
+    assert caught.value.status is Status.TIMEOUT
+    assert_gone(pids(plugin))
+
+
+def test_kill_9_of_the_runner_leaves_no_orphan(plugin):
+    (plugin / PIDS).unlink(missing_ok=True)
+    program = (
+        "from test_isolation import *\n"
+        "made = IsolatedWorker(info('hang_with_children'), 600.0)\n"
+        "made.begin(); made.prepare(PROBLEM, INPUTS); made.output()"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    runner = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path})
+    try:
+        found = pids(plugin)
+        assert all(map(is_alive, found))
+    finally:
+        runner.kill()
+        runner.wait()
+    assert_gone(found)
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process states are read from /proc")
+def test_a_paused_worker_is_stopped_and_the_next_question_wakes_it(worker):
+    made = worker("fine")
+    made.prepare(PROBLEM, INPUTS)
+    children = Path(f"/proc/{made._keeper.pid}/task/{made._keeper.pid}/children").read_text().split()
+    (pid,) = map(int, children)
+    for _ in range(5):
+        made.pause()
+        assert state(pid) == "T"
+        assert len(made.time_calls(1, cold=False)) == 1
+        assert state(pid) != "T"
+
+
+def test_the_current_folder_does_not_reach_the_worker(worker, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise SystemExit('the current folder was imported')")
+    monkeypatch.chdir(tmp_path)
+    made = worker("fine")
+    assert made.unsupported(PROBLEM) is None
+
+
+def test_close_ends_the_process(worker):
+    made = worker("fine")
+    keeper = made._keeper
+    made.close()
+    assert keeper.returncode is not None
