@@ -122,6 +122,10 @@ class IsolatedWorker:
             raise CaseFailed(Status.INCORRECT, one_line(fault))
         return self._memory.out
 
+    def warm_up(self, seconds: float) -> float:
+        call_us: float = self._ask("warm_up", _is_time, seconds=seconds)
+        return call_us
+
     def time_calls(self, count: int, *, cold: bool) -> list[float]:
         start_s = time.monotonic()
         times: list[float] = self._ask("time_calls", lambda value: _is_times(value, count), count=count, cold=cold)
@@ -245,13 +249,11 @@ def _is_units(value: Any) -> bool:
 
 
 def _is_times(value: Any, count: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == count
-        and all(
-            isinstance(time_us, (int, float)) and not isinstance(time_us, bool) and time_us > 0 for time_us in value
-        )
-    )
+    return isinstance(value, list) and len(value) == count and all(map(_is_time, value))
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _ending(code: int) -> str:

@@ -26,8 +26,7 @@ DEFAULT_BUDGET_S = 10.0
 FIXED_ROUNDS = 10
 """The timed iterations of `fixed` are dealt out over this many interleaved rounds."""
 WARM_UP_S = 0.02
-"""`adaptive` warms up for this long, but at least MIN_CALLS and at most about WARM_UP_CALLS calls."""
-WARM_UP_CALLS = 20_000
+"""A lane warms up for this long before each of its blocks, and under `adaptive` also before its first."""
 BLOCK_S = 0.05
 """`adaptive` times a backend for at least this long in a round…"""
 MIN_CALLS = 3
@@ -42,6 +41,10 @@ HOST_CALLS = 5
 
 class Lane(TypingProtocol):
     """One prepared backend, ready to be timed."""
+
+    def warm_up(self, seconds: float) -> float:
+        """Call, untimed, for at least that long; gives about how many µs a call takes."""
+        ...
 
     def time_calls(self, count: int, *, cold: bool) -> list[float]:
         """Times in µs of `count` calls."""
@@ -163,8 +166,7 @@ def measure(
         lanes[name].pause()
 
     def take(name: str) -> None:
-        if protocol.cache == "hot":  # the others ran since: bring this lane's inputs back before the first timed call
-            lanes[name].time_calls(1, cold=False)
+        lanes[name].warm_up(WARM_UP_S)  # the others ran since: caches, clocks and threads must come back first
         block = lanes[name].time_calls(records[name].next_count(), cold=protocol.cache == "cold")
         records[name].blocks.append(tuple(round(value, 4) for value in block))
         lanes[name].pause()
@@ -199,10 +201,7 @@ def _warm_up(lane: Lane, protocol: Protocol) -> Sequence[int]:
             lane.time_calls(protocol.warmup, cold=False)
         rounds = min(FIXED_ROUNDS, protocol.iters)
         return [protocol.iters // rounds + (index < protocol.iters % rounds) for index in range(rounds)]
-    times: list[float] = []
-    while len(times) < MIN_CALLS or (sum(times) < WARM_UP_S * 1e6 and len(times) < WARM_UP_CALLS):
-        times += lane.time_calls(MIN_CALLS, cold=False)
-    call_s = statistics.median(times) / 1e6
+    call_s = lane.warm_up(WARM_UP_S) / 1e6
     return [round(min(max(BLOCK_S / call_s, MIN_CALLS), MAX_CALLS))]
 
 

@@ -67,6 +67,8 @@ class _Host:
             return worker.prepare(problem, self._inputs())
         if do == "time_calls":
             return worker.time_calls(message["count"], cold=message["cold"])
+        if do == "warm_up":
+            return worker.warm_up(message["seconds"])
         if do == "host_us":
             return worker.host_us(message["count"])
         if do == "begin":

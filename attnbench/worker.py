@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -106,6 +107,17 @@ class Worker:
             if type(output) is torch.Tensor and output.device.type == self._device.kind:
                 return output.detach().to("cpu", copy=True)
         return output
+
+    def warm_up(self, seconds: float) -> float:
+        """Call for at least that long; gives the median time of a call in µs, of the later half of the calls."""
+        call = self._prepared
+        with self._guard("a warm-up call"):
+            start_s, count = time.monotonic(), 1
+            while True:
+                times = self._device.time_calls(call, count, cold=False)
+                if time.monotonic() - start_s >= seconds:
+                    return statistics.median(times)
+                count *= 2
 
     def time_calls(self, count: int, *, cold: bool) -> list[float]:
         """Times in µs of `count` calls."""

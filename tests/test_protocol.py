@@ -16,6 +16,7 @@ from attnbench.protocol import (
     LOOKS,
     MAX_CALLS,
     MIN_CALLS,
+    WARM_UP_S,
     Protocol,
     make_protocol,
     measure,
@@ -32,19 +33,30 @@ class Lane:
     def __init__(self, name="a", times=(100.0,), journal=None, fail_at=None):
         self.name = name
         self.times = itertools.cycle(times)
+        self.call_us = times[0]
+        self.paused = False
         self.journal = [] if journal is None else journal
         self.asked = 0
         self.fail_at = fail_at
 
-    def time_calls(self, count, *, cold):
-        self.journal.append((self.name, count, cold))
+    def ask(self):
+        self.paused = False
         self.asked += 1
         if self.asked == self.fail_at:
             raise Broken(f"{self.name} broke")
+
+    def warm_up(self, seconds):
+        self.journal.append((self.name, "warm", seconds))
+        self.ask()
+        return self.call_us
+
+    def time_calls(self, count, *, cold):
+        self.journal.append((self.name, count, cold))
+        self.ask()
         return [next(self.times) for _ in range(count)]
 
     def pause(self):
-        """Nothing to stop."""
+        self.paused = True
 
     def host_us(self, count):
         self.journal.append((self.name, "host", count))
@@ -64,9 +76,9 @@ def go(lanes, protocol, *, seed=0, clock=lambda: None, failures=None):
 
 
 def blocks_of(journal):
-    """The timed blocks in a journal, in the order taken: what is not a warm-up, a host time or a call that re-warms."""
+    """The timed blocks in a journal, in the order taken: what is not a warm-up or a host time."""
     rounds = journal[[i for i, entry in enumerate(journal) if entry[1] == "host"][-1] + 1 :]
-    return [entry for entry in rounds if entry[1] != 1]
+    return [entry for entry in rounds if entry[1] != "warm"]
 
 
 # fixed
@@ -76,7 +88,7 @@ def test_fixed_times_exactly_its_iterations_after_its_warm_ups():
     lane = Lane(times=(10.0, 20.0, 60.0))
     found = go([lane], Protocol(name="fixed", warmup=50, iters=200))["a"]
     assert lane.journal[:2] == [("a", 50, False), ("a", "host", HOST_CALLS)]
-    assert lane.journal[2:] == [("a", 1, False), ("a", 20, False)] * FIXED_ROUNDS
+    assert lane.journal[2:] == [("a", "warm", WARM_UP_S), ("a", 20, False)] * FIXED_ROUNDS
     assert (len(found.samples), len(found.blocks)) == (200, FIXED_ROUNDS)
     assert found.statistic == "mean"
     assert found.time_us == pytest.approx(statistics.fmean(found.samples))
@@ -163,12 +175,10 @@ def test_an_adaptive_block_lasts_50_ms_within_3_and_1000_calls(call_us, calls):
     assert [len(block) for block in found.blocks] == [calls] * LOOKS[0]
 
 
-@pytest.mark.parametrize(("call_us", "calls"), [(1000.0, 21), (5.0, 4002), (1e6, 3), (0.001, 20_001)])
-def test_adaptive_warms_up_for_20_ms_and_at_least_3_calls(call_us, calls):
-    lane = Lane(times=(call_us,))
+def test_adaptive_warms_up_for_20_ms():
+    lane = Lane()
     go([lane], Protocol())
-    warm_up = lane.journal[: lane.journal.index(("a", "host", HOST_CALLS))]
-    assert sum(count for _, count, _ in warm_up) == calls
+    assert lane.journal[:2] == [("a", "warm", 0.02), ("a", "host", HOST_CALLS)]
 
 
 # Both
@@ -196,23 +206,42 @@ def test_every_lane_is_warmed_up_before_any_is_timed():
     assert ("a", 9, False) not in journal[4:]
 
 
-def test_a_hot_block_starts_with_an_untimed_call_that_brings_the_inputs_back():
+@pytest.mark.parametrize(
+    "protocol", [Protocol(name="fixed", warmup=9, iters=20), Protocol()], ids=["fixed", "adaptive"]
+)
+def test_while_one_lane_is_timed_all_others_are_paused(protocol):
+    lanes, seen = [], []
+
+    class Watching(Lane):
+        def time_calls(self, count, *, cold):
+            seen.append([lane.paused for lane in lanes if lane is not self and lane.asked])
+            return super().time_calls(count, cold=cold)
+
+    lanes += [Watching(name) for name in "abc"]
+    go(lanes, protocol)
+    assert all(map(all, seen))
+    assert max(map(len, seen)) == 2
+    assert all(lane.paused for lane in lanes)
+
+
+def test_a_block_starts_with_an_untimed_warm_up_that_brings_caches_and_threads_back():
     journal = []
     found = go([Lane(name, journal=journal) for name in "ab"], Protocol(name="fixed", warmup=9, iters=20))
     for before, block in zip(journal[4::2], journal[5::2]):
-        assert before == (block[0], 1, False)
+        assert before == (block[0], "warm", 0.02)
         assert block[1:] == (2, False)
     assert len(journal[4:]) == 2 * 2 * FIXED_ROUNDS
     assert len(found["a"].samples) == 20
 
 
 @pytest.mark.parametrize("name", ["fixed", "adaptive"])
-def test_a_cold_block_is_timed_cold_and_without_that_call(name):
+def test_a_cold_block_is_timed_cold(name):
     lane = Lane()
     found = go([lane], Protocol(name=name, cache="cold", warmup=9, iters=20))["a"]
     rounds = lane.journal[lane.journal.index(("a", "host", HOST_CALLS)) + 1 :]
     assert rounds
-    assert all(cold and count > 1 for _, count, cold in rounds)
+    assert all(cold for _, count, cold in rounds if count != "warm")
+    assert len(rounds) == 2 * len(found.blocks)
     assert len(rounds) == len(found.blocks)
     assert found.cache == "cold"
 
