@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from attnbench.registry import Catalogue
@@ -83,3 +85,22 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def busy_share(seconds: float = 0.3) -> float | None:
+    """The share of all processors that programs use while this one sleeps that long; None where it cannot be read."""
+    before = _cpu_ticks()
+    time.sleep(seconds)
+    after = _cpu_ticks()
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    return 1 - (after[0] - before[0]) / (after[1] - before[1])
+
+
+def _cpu_ticks() -> tuple[int, int] | None:
+    """Idle and total ticks of all processors since the start, from /proc/stat."""
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except (OSError, ValueError, IndexError):
+        return None
+    return fields[3] + fields[4], sum(fields)

@@ -30,3 +30,18 @@ class AttnbenchError(Exception):
         self.message = message
         self.hint = hint
         self.exit_code = exit_code
+
+
+def in_a_line(error: BaseException) -> str:
+    """What any exception says, in one line, though its own __str__ may raise: its type and its first line of words.
+
+    An AttnbenchError, which is made for users, goes without its type and with its hint.
+    """
+    try:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    except Exception:
+        lines = []
+    text = lines[0] if lines else "no message"
+    if isinstance(error, AttnbenchError):
+        return f"{text} ({error.hint})" if error.hint else text
+    return f"{type(error).__name__}: {text}"

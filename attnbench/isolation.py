@@ -188,9 +188,10 @@ class IsolatedWorker:
                 self._left_s = max(0.0, self._left_s - (time.monotonic() - start_s))
         except NoAnswer:
             self._kill()
-            limit_s = self._timeout_s if self._ready else START_TIMEOUT_S
-            what = do if self._ready else "the start of its process"
-            raise CaseFailed(Status.TIMEOUT, f"{what} was not done within {limit_s:g} s, and was killed") from None
+            limit_s, where = (self._timeout_s, do) if self._ready else (START_TIMEOUT_S, "its start")
+            raise CaseFailed(
+                Status.TIMEOUT, f"the limit of {limit_s:g} s ran out at {where}, and its process was killed"
+            ) from None
         except WireError as error:
             # Where it died by itself, its keeper is about to say how.
             how = (

@@ -90,7 +90,7 @@ def make(selection: Selection, catalogue: Catalogue) -> Plan:
             entries = (_entry(baseline, catalogue, device.kind, reason), *entries)
     if not entries:
         raise AttnbenchError(
-            f"no backend is left to run on {device.kind}",
+            f"no backend is left to run on {device.kind}" + (f": {reason}" if reason else ""),
             "attnbench list shows what is available and why not",
             ExitCode.NOTHING_PASSED,
         )
@@ -104,7 +104,9 @@ def _entries(
         names = [b.name for b in catalogue.backends if b.device == kind and b.available and device_reason is None]
     else:
         names = resolve_backends(selection.backends, catalogue)
-    skipped = [] if selection.skip is None else resolve_backends(selection.skip, catalogue, "--skip")
+    broken = {plugin.source.name for plugin in catalogue.failures}  # leaving out what did not load is no error
+    words = [word for word in split(selection.skip, "--skip") if word not in broken]
+    skipped = resolve_backends(",".join(words), catalogue, "--skip") if words else []
     return tuple(_entry(name, catalogue, kind, device_reason) for name in names if name not in skipped)
 
 

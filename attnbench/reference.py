@@ -6,6 +6,8 @@ Everything here runs on the CPU, whatever device is judged.
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -35,6 +37,10 @@ LARGE_LOGIT_SCALE = 16.0
 CLASSIC_TOLERANCE = 1e-3
 
 
+class Unjudgeable(Exception):
+    """There is no right answer to compare with, or no budget that wrong ones would exceed; the message says why."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """q, k, v of a problem on the CPU, in its shapes and dtype, and where they came from."""
@@ -61,8 +67,15 @@ def derive_seed(*parts: object) -> int:
 def make_inputs(problem: Problem, seed: int, distribution: Distribution = "normal") -> Inputs:
     """Seeded q, k, v. `normal`: N(0, 1). `outliers`: one value in a thousand is 20 times as large.
 
-    `large_logits`: q is 16 times as large, so that the softmax nearly picks one key.
+    `large_logits`: q is 16 times as large, so that the softmax nearly picks one key. Raises Unjudgeable where the
+    tensors do not fit into memory.
     """
+    # Drawn in float32 and then rounded; the oracle's copies of a head are small beside that.
+    shapes = (problem.q_shape, problem.k_shape, problem.v_shape, problem.out_shape)
+    needed = 4 * sum(map(math.prod, shapes))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * needed > memory:
+        raise Unjudgeable(f"its inputs take {needed / 1e9:.0f} GB, and this machine has {memory / 1e9:.0f} GB")
     generator = torch.Generator().manual_seed(derive_seed(seed, problem.case_id, distribution))
 
     def draw(shape: tuple[int, ...]) -> Tensor:
@@ -171,14 +184,18 @@ def plain_error(problem: Problem, inputs: Inputs, rows: Tensor, expected: Tensor
             inputs.q[..., dims], inputs.k[:, :, keys][..., dims], inputs.v[:, :, keys], inputs.distribution
         )
         out = _attend(problem, shuffled, rows, torch.float32, torch_dtype(problem), keys)
-        worst = max(worst, (out.double() - expected).abs().max().item())
+        error = (out.double() - expected).abs().max().item()
+        if not math.isfinite(error):
+            raise Unjudgeable(f"plain PyTorch overflows in {problem.dtype}, so there is no error to compare with")
+        worst = max(worst, error)
     return worst
 
 
 def form_fault(problem: Problem, output: object) -> str:
     """Why an output, brought to the CPU, cannot be compared at all; empty where it can."""
-    if type(output) is not Tensor:
-        return f"the output is a {type(output).__name__}, not a plain torch.Tensor"
+    if type(output) is not Tensor or output.is_nested:
+        kind = "nested tensor" if type(output) is Tensor else type(output).__name__
+        return f"the output is a {kind}, not a plain torch.Tensor"
     if tuple(output.shape) != problem.out_shape:
         return f"the output's shape is {tuple(output.shape)}, not {problem.out_shape}"
     if output.dtype != torch_dtype(problem):
@@ -207,8 +224,11 @@ class Reference:
         rows = sample_rows(problem, seed)
         expected = oracle(problem, inputs, rows)
         plain_err = plain_error(problem, inputs, rows, expected, seed)
-        rounding = torch.finfo(torch_dtype(problem)).eps * expected.abs().max().item()
-        return cls(problem, inputs.distribution, rows, expected, 2 * plain_err + rounding)
+        largest = expected.abs().max().item()
+        budget = 2 * plain_err + torch.finfo(torch_dtype(problem)).eps * largest
+        if 0 < largest <= budget:
+            raise Unjudgeable(f"plain PyTorch in {problem.dtype} is off by as much as the values, and zeros would pass")
+        return cls(problem, inputs.distribution, rows, expected, budget)
 
     def judge(self, output: object) -> Check:
         """Compare an output, on the CPU, with the oracle."""

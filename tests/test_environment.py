@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import socket
+import sys
 
 import pytest
 import torch
@@ -137,3 +138,21 @@ def test_the_command_is_this_processs_without_its_program(monkeypatch):
 def test_the_home_folder_becomes_a_tilde(monkeypatch, home, text, cleaned):
     monkeypatch.setenv("HOME", home)
     assert without_home(text) == cleaned
+
+
+def test_the_busy_share_is_what_is_not_idle(monkeypatch):
+    ticks = iter([(100, 1000), (130, 1100)])
+    monkeypatch.setattr(environment, "_cpu_ticks", lambda: next(ticks))
+    assert environment.busy_share(0) == pytest.approx(0.7)
+
+
+def test_without_proc_stat_there_is_no_busy_share(monkeypatch):
+    monkeypatch.setattr(environment, "_cpu_ticks", lambda: None)
+    assert environment.busy_share(0) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat is Linux's")
+def test_ticks_are_read_from_proc_stat():
+    idle, total = environment._cpu_ticks()
+    assert 0 <= idle <= total
+    assert total > 0

@@ -190,8 +190,8 @@ ENDS = [
     ("close_all", Status.CRASHED, "its process ended with exit code 0"),
     ("swamp", Status.CRASHED, "its answer to output cannot be read: a message of 2147483648 bytes is too large"),
     ("babble", Status.CRASHED, "its answer to output cannot be read: it is no JSON"),
-    ("hang", Status.TIMEOUT, "output was not done within 0.5 s, and was killed"),
-    ("hang_politely", Status.TIMEOUT, "the call was not done within 0.5 s"),
+    ("hang", Status.TIMEOUT, "the limit of 0.5 s ran out at output, and its process was killed"),
+    ("hang_politely", Status.TIMEOUT, "the limit of 0.5 s ran out at the call"),
 ]
 
 

@@ -20,6 +20,7 @@ from attnbench.reference import (
     Distribution,
     Inputs,
     Reference,
+    Unjudgeable,
     derive_seed,
     make_inputs,
     oracle,
@@ -544,3 +545,20 @@ def test_fault_makes_a_check_that_fails_with_the_words_given():
     check = judged(GROUPED, "outliers")[1].fault("it overwrote its input k")
     assert check.fault == "it overwrote its input k (outliers inputs)"
     assert not check.passed
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (Problem(seqlen_q=64, seqlen_k=64, head_dim=128, dtype="fp16", softmax_scale=1e4), "plain PyTorch overflows"),
+        (Problem(seqlen_q=64, seqlen_k=64, head_dim=16, dtype="bf16", softmax_scale=1500.0), "zeros would pass"),
+    ],
+)
+def test_what_has_no_budget_that_zeros_exceed_is_not_judged(problem, words):
+    with pytest.raises(Unjudgeable, match=words):
+        Reference.of(problem, make_inputs(problem, 0), 0)
+
+
+def test_inputs_beyond_the_machines_memory_are_not_made():
+    with pytest.raises(Unjudgeable, match="its inputs take"):
+        make_inputs(Problem(seqlen_q=10**10, seqlen_k=8, dtype="fp32"), 0)

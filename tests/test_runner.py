@@ -15,6 +15,7 @@ from attnbench import runner
 from attnbench.backend import Backend
 from attnbench.devices import DeviceInfo
 from attnbench.devices.cpu import CpuDevice
+from attnbench.errors import AttnbenchError
 from attnbench.jit import CompileError
 from attnbench.plan import Entry, Plan
 from attnbench.problem import Problem, Suite
@@ -30,9 +31,10 @@ PROBLEM = Problem(**SHAPE)
 OTHER = Problem(**SHAPE | {"seqlen_q": 5, "causal": True})
 DEVICE = DeviceInfo(kind="cpu", name="Test CPU", cores=8)
 QUICK = Protocol(name="fixed", warmup=1, iters=4)
-TIMED_CALLS = 1 + 5 + 4 * 2
-"""Calls of a lane under QUICK: warm-up, host times, and four blocks of one call that re-warms and one timed."""
-FIRST_TIMED = 1 + 1 + 5
+LEAST_CALLS = 1 + 5 + 4 * 2
+"""Calls of a lane under QUICK: warm-up, host times, and four blocks of at least one call to warm up and one timed."""
+BEFORE_TIMING = 1
+"""The call that is judged first."""
 """Calls before that: the check, the warm-up and the host times."""
 NUMBERS = ("time_us", "tflops", "tflops_gemm", "mean_us", "median_us", "ci95_low_us", "host_us", "normalized_tflops")
 
@@ -52,7 +54,7 @@ class Right(Backend):
         return lambda: attend(problem, q, k, v)
 
     def parallel_units(self, problem):
-        return 2
+        return 1
 
 
 class Wrong(Right):
@@ -131,6 +133,16 @@ class DeclinesWithoutWords(Right):
         return ""
 
 
+class Nested(Right):
+    def prepare(self, problem, q, k, v):
+        return lambda: torch.nested.nested_tensor([q[0], q[0]])
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
 class NotCallable(Right):
     def prepare(self, problem, q, k, v):
         return attend(problem, q, k, v)
@@ -162,7 +174,7 @@ def raising(where, error):
 
             def call():
                 calls.append(1)
-                if where == "call" or (where == "timing" and len(calls) > FIRST_TIMED):
+                if where == "call" or (where == "timing" and len(calls) > BEFORE_TIMING):
                     raise error
                 return attend(problem, q, k, v)
 
@@ -180,7 +192,7 @@ def slow(where):
 
             def call():
                 calls.append(1)
-                if where == "call" or (where == "timing" and len(calls) > FIRST_TIMED):
+                if where == "call" or (where == "timing" and len(calls) > BEFORE_TIMING):
                     hang()
                 return attend(problem, q, k, v)
 
@@ -235,7 +247,8 @@ def go():
             start=lambda info: Worker(backends[info.name], CpuDevice(), timeout_s),
             **options,
         )
-        return journal.results
+        names = [entry.name for entry in entries]
+        return sorted(journal.results, key=lambda r: (problems.index(r.problem), names.index(r.backend)))
 
     return call
 
@@ -245,7 +258,7 @@ def go():
 
 def test_a_correct_backend_passes_with_a_measurement_and_its_cores(go):
     (result,) = go({"right": Right()})
-    assert (result.status, result.reason, result.used_cores) == (Status.PASSED, "", 2)
+    assert (result.status, result.reason, result.used_cores) == (Status.PASSED, "", 1)
     assert result.check.passed
     assert result.check.inputs == "normal"
     assert len(result.measurement.samples) == 4
@@ -255,7 +268,11 @@ def test_a_correct_backend_passes_with_a_measurement_and_its_cores(go):
 
 ENDS = [
     (Declines(), Status.UNSUPPORTED, "causal only"),
-    (DeclinesWithoutWords(), Status.UNSUPPORTED, "no reason given"),
+    (DeclinesWithoutWords(), Status.RUNTIME_ERROR, "unsupported(): TypeError: it returned a str, neither a reason nor"),
+    (Nested(), Status.INCORRECT, "the output is a nested tensor, not a plain torch.Tensor"),
+    (raising("prepare", GeneratorExit("out")), Status.RUNTIME_ERROR, "prepare(): GeneratorExit: out"),
+    (raising("prepare", Unspeakable()), Status.RUNTIME_ERROR, "prepare(): Unspeakable: no message"),
+    (raising("call", AttnbenchError("full", "empty it")), Status.RUNTIME_ERROR, "the call: full (empty it)"),
     (Wrong(), Status.INCORRECT, "max error "),
     (Subclass(), Status.INCORRECT, "the output is a Parameter, not a plain torch.Tensor"),
     (Meta(), Status.INCORRECT, "the output came back on meta"),
@@ -264,7 +281,7 @@ ENDS = [
     (Overwrites(), Status.INCORRECT, "it overwrote its input k"),
     (OverwritesLater(), Status.INCORRECT, "after timing, on new inputs: it overwrote its input q and v"),
     (AnswersItsOwnQuestion(), Status.INCORRECT, "it overwrote its input q"),
-    (NotCallable(), Status.RUNTIME_ERROR, "prepare() returned a Tensor, nothing to call"),
+    (NotCallable(), Status.RUNTIME_ERROR, "prepare(): TypeError: it returned a Tensor, nothing to call"),
     (raising("unsupported", ValueError("no")), Status.RUNTIME_ERROR, "unsupported(): ValueError: no"),
     (raising("prepare", ValueError("no")), Status.RUNTIME_ERROR, "prepare(): ValueError: no"),
     (raising("call", ValueError("no")), Status.RUNTIME_ERROR, "the call: ValueError: no"),
@@ -274,9 +291,9 @@ ENDS = [
     (raising("prepare", CompileError("bad flag")), Status.COMPILE_ERROR, "prepare(): bad flag"),
     (raising("prepare", MemoryError()), Status.OOM, "prepare(): MemoryError"),
     (raising("timing", MemoryError()), Status.OOM, "a timed call: MemoryError"),
-    (slow("prepare"), Status.TIMEOUT, "prepare() was not done within 1 s"),
-    (slow("call"), Status.TIMEOUT, "the call was not done within 1 s"),
-    (slow("timing"), Status.TIMEOUT, "a timed call was not done within 1 s"),
+    (slow("prepare"), Status.TIMEOUT, "the limit of 1 s ran out at prepare()"),
+    (slow("call"), Status.TIMEOUT, "the limit of 1 s ran out at the call"),
+    (slow("timing"), Status.TIMEOUT, "the limit of 1 s ran out at a timed call"),
 ]
 
 
@@ -343,7 +360,7 @@ def test_without_a_protocol_every_distribution_is_checked_and_the_worst_is_told(
     (right, wrong) = go({"right": Right(), "wrong": WrongOn(distribution)}, problems=[problem], protocol=None)
     assert right.status is Status.PASSED
     assert right.measurement is None
-    assert right.used_cores == 2
+    assert right.used_cores == 1
     assert wrong.status is Status.INCORRECT
     assert wrong.check.inputs == distribution
     assert wrong.reason.endswith(f"({distribution} inputs)")
@@ -373,22 +390,23 @@ def test_nothing_is_timed_that_is_wrong_and_the_calls_are_the_protocols(go):
 
     go({"right": counting(Right, "right"), "wrong": counting(Wrong, "wrong")})
     # The first check, the timing, and the check after it.
-    assert counts == {"right": 1 + TIMED_CALLS + 1, "wrong": 1}
+    assert counts["right"] >= 1 + LEAST_CALLS + 1
+    assert counts["wrong"] == 1
 
 
 # What is recorded when
 
 
-def test_results_are_recorded_problem_by_problem_in_the_plans_order(go):
+def test_each_result_is_recorded_as_soon_as_it_is_final_a_wrong_one_before_any_is_timed(go):
     journal = Journal()
     go({"b": Right(), "a": Wrong(), "c": Right()}, problems=(PROBLEM, OTHER), journal=journal)
     names = ["b", "a", "c"]
     assert journal.events == [
         ("started", PROBLEM.case_id, 0, 2),
-        ("record", names),
+        *[("record", [name]) for name in ("a", "b", "c")],
         ("ended", names),
         ("started", OTHER.case_id, 1, 2),
-        ("record", names),
+        *[("record", [name]) for name in ("a", "b", "c")],
         ("ended", names),
     ]
     assert [r.problem for r in journal.results] == [PROBLEM] * 3 + [OTHER] * 3
@@ -468,7 +486,8 @@ def test_no_garbage_is_collected_while_timing_and_it_is_again_afterwards(go):
             return call
 
     go({"a": Watching(), "bad": raising("timing", ValueError("x"))})
-    assert enabled == [True] + [False] * TIMED_CALLS + [True]
+    assert len(enabled) >= 1 + LEAST_CALLS + 1
+    assert enabled == [True] + [False] * (len(enabled) - 2) + [True]
     assert gc.isenabled()
 
 

@@ -110,7 +110,7 @@ def test_what_a_backend_raises_becomes_a_status_wherever_it_raises(worker, prepa
 
 def test_a_long_reason_is_cut(prepared):
     _, reason = failure(prepared(thrower(ValueError("x" * 10_000))).output)
-    assert reason == f"the call: ValueError: {'x' * (REASON_LENGTH - len('ValueError: '))}"
+    assert reason == ("the call: ValueError: " + "x" * REASON_LENGTH)[:REASON_LENGTH]
 
 
 def test_the_home_folder_is_not_in_a_reason(prepared, monkeypatch):
@@ -139,14 +139,15 @@ def test_an_interrupt_passes_through(worker, prepared, method):
 def test_prepare_must_return_something_to_call(prepared, call):
     status, reason = failure(prepared, call)
     assert status is Status.RUNTIME_ERROR
-    assert reason == f"prepare() returned a {type(call).__name__}, nothing to call"
+    assert reason == f"prepare(): TypeError: it returned a {type(call).__name__}, nothing to call"
 
 
-@pytest.mark.parametrize("units", [0, -1, 1.5, "8", True])
+@pytest.mark.parametrize("units", [0, -1, 1.5, "8", True, 10**400, 1 << 20])
 def test_parallel_units_must_be_a_number_of_cores(worker, units):
     status, reason = failure(worker(Toy(parallel_units=lambda _: units)).parallel_units, PROBLEM)
     assert status is Status.RUNTIME_ERROR
-    assert reason == f"parallel_units() returned {units!r}, not a number of cores"
+    assert reason.startswith("parallel_units(): ")
+    assert "cores" in reason
 
 
 def test_parallel_units_may_be_a_number_or_none_or_missing(worker):
@@ -162,7 +163,7 @@ def test_parallel_units_may_be_a_number_or_none_or_missing(worker):
         def prepare(self, problem, q, k, v):
             return lambda: q
 
-    assert worker(Toy(parallel_units=lambda problem: problem.seqlen_q)).parallel_units(PROBLEM) == 4
+    assert worker(Toy(parallel_units=lambda problem: problem.batch)).parallel_units(PROBLEM) == 1
     assert worker(Toy()).parallel_units(PROBLEM) is None
     assert worker(Bare()).parallel_units(PROBLEM) is None
     assert worker(Bare()).unsupported(PROBLEM) == "why not"
@@ -273,7 +274,7 @@ def test_a_backend_that_takes_too_long_is_stopped_wherever_it_is(worker, prepare
     ):
         whole.begin()
         called.begin()
-        assert failure(function, *arguments) == (Status.TIMEOUT, f"{where} was not done within 0.05 s")
+        assert failure(function, *arguments) == (Status.TIMEOUT, f"the limit of 0.05 s ran out at {where}")
 
 
 def test_the_timeout_is_for_a_phase_in_all_and_each_phase_has_the_whole(prepared):
