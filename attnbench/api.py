@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnbench import environment, plan, registry, runner, store
-from attnbench.errors import ExitCode
+from attnbench.errors import AttnbenchError, ExitCode
 from attnbench.isolation import IsolatedWorker
 from attnbench.plan import Plan, Selection
 from attnbench.problem import Problem
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 REPORTS = Path("reports")
+Shape = int | str | Sequence[int | str] | None
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ def execute(
 ) -> Outcome:
     """Run a plan into a new run directory. An interrupt ends it early, with what was finished.
 
-    Raises AttnbenchError where the directory cannot be written; what was finished stays in it.
+    Raises AttnbenchError where the timeout is none, or the directory cannot be written; what was finished stays in it.
     """
+    require_timeout(timeout_s)
     header = {
         "schema_version": SCHEMA_VERSION,
         "command": list(command),
@@ -78,7 +80,7 @@ def execute(
         "timeout_s": timeout_s,
         "environment": environment.fingerprint(catalogue),
     }
-    writer = RunWriter(out or _new_directory(the_plan), header, the_plan.info)
+    writer = RunWriter(out, header, the_plan.info) if out else _new_run(the_plan, header)
     interrupted = False
     try:
         runner.run(
@@ -89,8 +91,14 @@ def execute(
     if writer.results:
         from attnbench.report.tables import Tables
 
-        writer.finish(_report_page(header, Tables(store.load(writer.path), the_plan.baseline).render()))
+        writer.finish(_report_page(header, Tables(store.load(writer.path)).render()))
     return Outcome(writer.path, writer.results, interrupted)
+
+
+def require_timeout(seconds: float) -> None:
+    """Raises AttnbenchError where `seconds` is no time that a case can be given."""
+    if not 0 < seconds < float("inf"):
+        raise AttnbenchError(f"--timeout must be a number of seconds above 0, not {seconds:g}")
 
 
 def _starter(the_plan: Plan, timeout_s: float, *, isolate: bool) -> Callable[[BackendInfo], AnyWorker]:
@@ -109,23 +117,31 @@ def check(
     isolate: bool = True,
 ) -> list[Result]:
     """Check correctness alone, on every distribution of inputs; writes nothing."""
+    require_timeout(timeout_s)
     results: list[Result] = []
     start = _starter(the_plan, timeout_s, isolate=isolate)
     runner.run(the_plan, None, results.extend, observer, seed=seed, start=start)
     return results
 
 
-def _new_directory(the_plan: Plan) -> Path:
+def _new_run(the_plan: Plan, header: dict[str, Any]) -> RunWriter:
+    """A run below reports/ under the first name that nobody has, also not another run that starts right now."""
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{the_plan.device.kind}-{the_plan.suite.name}"
-    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(path for name in names if not (path := REPORTS / name).exists())
+    name, names = stem, (f"{stem}-{number}" for number in itertools.count(2))
+    while True:
+        try:
+            return RunWriter(REPORTS / name, header, the_plan.info, fresh=True)
+        except FileExistsError:
+            name = next(names)
 
 
 def _report_page(header: dict[str, Any], tables: str) -> str:
+    from attnbench.report.text import code, escape
+
     protocol = header["protocol"]
     facts = [
-        f"# attnbench: {header['suite']['name']} on {header['device']['name']}",
-        f"`{' '.join(header['command'])}`, {header['started']}, protocol {protocol['name']}, "
+        f"# attnbench: {escape(header['suite']['name'], 'github')} on {escape(header['device']['name'], 'github')}",
+        f"{code(' '.join(header['command']))}, {header['started']}, protocol {protocol['name']}, "
         f"{protocol['cache']} cache, seed {header['seed']}",
     ]
     return "\n\n".join([*facts, tables]) + "\n"
@@ -141,8 +157,13 @@ class _Silent:
 
 def run(
     backends: str | Sequence[str] | None = None,
-    suite: str | None = None,
+    suite: str | Path | None = None,
     *,
+    seqlen_q: Shape = None,
+    seqlen_k: Shape = None,
+    head_dim: Shape = None,
+    batch: Shape = None,
+    heads: Shape = None,
     device: str = "auto",
     dtype: str | None = None,
     causal: bool | None = None,
@@ -154,13 +175,14 @@ def run(
     out: str | Path | None = None,
     seed: int = 0,
     timeout_s: float = DEFAULT_TIMEOUT_S,
-    **shapes: Any,
+    isolate: bool = True,
 ) -> pd.DataFrame:
     """Run backends over a suite, as `attnbench run` does, and return results.csv as a DataFrame.
 
     `backends` is a list or a comma list of names or prefixes (None: all available); `suite` a name or a TOML file;
-    `shapes` are seqlen_q, seqlen_k, head_dim, batch and heads, each a value or a list, and exclude a suite. The run
-    directory is `out`, by default a new one under reports/. The rest is as in `attnbench run --help`.
+    seqlen_q, seqlen_k, head_dim, batch and heads are each a value or a list, and exclude a suite. The run directory is
+    `out`, by default a new one under reports/. Without `isolate` backends run in this process, as under --no-isolate.
+    The rest is as in `attnbench run --help`.
 
     Raises AttnbenchError for what cannot be run, and KeyboardInterrupt when interrupted, after writing what was
     finished.
@@ -170,11 +192,15 @@ def run(
     catalogue = registry.discover()
     selection = Selection(
         backends=_comma_list(backends),
-        suite=suite,
+        suite=None if suite is None else str(suite),
+        seqlen_q=_comma_list(seqlen_q),
+        seqlen_k=_comma_list(seqlen_k),
+        head_dim=_comma_list(head_dim),
+        batch=_comma_list(batch),
+        heads=_comma_list(heads),
         device=device,
         dtype=_comma_list(dtype),
         causal=None if causal is None else str(causal).lower(),
-        **{name: _comma_list(value) for name, value in shapes.items()},
     )
     chosen = plan.make(selection, catalogue)
     outcome = execute(
@@ -186,6 +212,7 @@ def run(
         out=Path(out) if out else None,
         seed=seed,
         timeout_s=timeout_s,
+        isolate=isolate,
     )
     if outcome.interrupted:
         raise KeyboardInterrupt

@@ -9,11 +9,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
 from attnbench.errors import AttnbenchError, ExitCode
+from attnbench.text import one_line, printable
 
 if TYPE_CHECKING:
     from attnbench.plan import Plan, Selection
@@ -44,7 +45,9 @@ Batch = Annotated[str | None, typer.Option(help="Batch sizes.", metavar="LIST")]
 Heads = Annotated[str | None, typer.Option(help="Heads: 8 or 32x8 (query, key and value).", metavar="LIST")]
 Dtype = Annotated[str | None, typer.Option(help="fp16, bf16, fp32 or auto.", metavar="LIST")]
 Causal = Annotated[str | None, typer.Option(help="true, false or true,false.", metavar="LIST")]
-Timeout = Annotated[float, typer.Option(help="Seconds for each of prepare, check and timing of a case.")]
+Timeout = Annotated[
+    float, typer.Option(help="Seconds for prepare and check together, and again for timing, of a case.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of inputs, order and sampled rows.")]
 NoPlugin = Annotated[
     list[str] | None, typer.Option(help="Do not load this entry point. Can be given again.", metavar="NAME")
@@ -180,15 +183,15 @@ def check(
     """Check correctness alone, also on outliers and large logits. Nothing is timed or written."""
     with _data() as out:
         selection = _selection(locals())
+        from attnbench import api
+
+        api.require_timeout(timeout)
         catalogue, the_plan = _plan(selection, no_plugin)
         _tell_plan(the_plan, "correctness alone")
-        from attnbench import api
         from attnbench.report.tables import check_table
 
-        with _progress(verbose) as observer:
-            results = api.check(
-                the_plan, observer, seed=seed, timeout_s=_positive_timeout(timeout), isolate=not no_isolate
-            )
+        with _Progress(verbose) as observer:
+            results = api.check(the_plan, observer, seed=seed, timeout_s=timeout, isolate=not no_isolate)
         if as_json:
             _print_json(out, [result.to_json() for result in results])
         else:
@@ -240,35 +243,37 @@ def run(
     pto's lengths. --dtype and --causal go with both.
     """
     with _data() as stream:
+        from attnbench import api
         from attnbench.protocol import make_protocol
 
+        api.require_timeout(timeout)
         how = make_protocol(protocol, warmup, iters, cache, budget)
         catalogue, the_plan = _plan(_selection(locals()), no_plugin)
         if dry_run:
-            _print_plan(stream, the_plan)
+            _print_plan(stream, the_plan, as_json)
             return
-        limit = _positive_timeout(timeout)
         _tell_plan(the_plan, f"protocol {how.name}, {how.cache} cache")
-        from attnbench import api, environment, store
+        from attnbench import environment, store
         from attnbench.report.tables import Tables, json_text
 
-        with _progress(verbose) as observer:
+        with _Progress(verbose) as observer:
             outcome = api.execute(
                 *(the_plan, how, catalogue, observer),
                 command=environment.command(),
                 out=out,
                 seed=seed,
-                timeout_s=limit,
+                timeout_s=timeout,
                 isolate=not no_isolate,
             )
+        _say(f"the run is in {outcome.path}")
         if outcome.results:
-            tables = Tables(store.load(outcome.path), the_plan.baseline)
+            tables = Tables(store.load(outcome.path))
             _print(stream, json_text(tables.record.rows) if as_json else tables.render(DEFAULT_FORMAT))
         elif as_json:
             _print(stream, "[]")
-        _say(f"the run is in {outcome.path}")
         if outcome.interrupted:
-            _complain(AttnbenchError("interrupted: what was finished is kept and shown"))
+            what = "what was finished is kept and shown" if outcome.results else "nothing was finished"
+            _complain(AttnbenchError(f"interrupted: {what}"))
         elif outcome.exit_code is ExitCode.NOTHING_PASSED:
             _complain(AttnbenchError("nothing passed, so there is no time to show", "the details say why"))
         _end(outcome.exit_code)
@@ -369,12 +374,6 @@ def _plan(selection: Selection, no_plugin: Sequence[str] | None) -> tuple[Catalo
     return catalogue, plan.make(selection, catalogue)
 
 
-def _positive_timeout(seconds: float) -> float:
-    if not 0 < seconds < float("inf"):
-        raise AttnbenchError(f"--timeout must be a number of seconds above 0, not {seconds:g}")
-    return seconds
-
-
 def _tell_failures(catalogue: Catalogue) -> None:
     for plugin in catalogue.failures:
         _say(f"note: plugin {plugin.source.name} of {plugin.source.distribution} failed to load: {plugin.error_line}")
@@ -388,13 +387,46 @@ def _tell_plan(the_plan: Plan, how: str) -> None:
     _say(f"suite {the_plan.suite.name}: {len(the_plan.suite)} problems, {dtypes}; {how}; {names}")
 
 
-def _print_plan(out: TextIO, the_plan: Plan) -> None:
+def _print_plan(out: TextIO, the_plan: Plan, as_json: bool) -> None:
     rows = [
-        [problem.case_id, entry.name, str(entry.status or "to run"), entry.reason]
+        (problem.case_id, entry.name, entry.status and entry.status.value, entry.reason)
         for problem in the_plan.suite
         for entry in the_plan.entries
     ]
-    _print_table(out, ("case", "kernel", "state", "reason"), rows)
+    if as_json:
+        names = ("case_id", "kernel", "status", "reason")
+        _print_json(out, [dict(zip(names, (*case, status, reason or None))) for *case, status, reason in rows])
+        return
+    shown = [[case, kernel, status or "to run", reason] for case, kernel, status, reason in rows]
+    _print_table(out, ("case", "kernel", "state", "reason"), shown)
+
+
+class _Stderr:
+    """A stream like stderr whose writes never fail: where nobody reads it any more, what is told goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, words: str) -> int:
+        try:
+            self._stream.write(words)
+            self._stream.flush()
+        except OSError:
+            _to_nowhere(2)
+        return len(words)
+
+    def flush(self) -> None:
+        self.write("")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _to_nowhere(descriptor: int) -> None:
+    """Point a descriptor that refuses data at /dev/null, so that what is buffered for it fails nobody later."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 class _Progress:
@@ -405,7 +437,8 @@ class _Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._verbose = verbose
-        self._console = Console(stderr=True, highlight=False)
+        # rich takes a reader that left for a reason to end the process.
+        self._console = Console(file=cast(TextIO, _Stderr(sys.stderr)), highlight=False)
         # No refresh thread: it would draw, and take a core, while a backend is timed.
         self._bar = Progress(
             BarColumn(),
@@ -444,18 +477,11 @@ class _Progress:
     def _line(self, words: str) -> None:
         from rich.text import Text as RichText
 
-        from attnbench.rows import printable
-
-        self._console.print(
-            RichText(" ".join(printable(words).split()) if "\n" in words else printable(words)), soft_wrap=True
-        )
+        # Only where it must: one_line also takes an indent away.
+        self._console.print(RichText(one_line(words) if "\n" in words else printable(words)), soft_wrap=True)
 
 
 _QUIET = frozenset({"PASSED", "UNSUPPORTED", "UNAVAILABLE", "SKIPPED"})
-
-
-def _progress(verbose: bool) -> _Progress:
-    return _Progress(verbose)
 
 
 @contextlib.contextmanager
@@ -471,20 +497,29 @@ def _data() -> Iterator[TextIO]:
     except KeyboardInterrupt as interrupt:  # typer would end the process without a word
         raise AttnbenchError("interrupted", exit_code=ExitCode.INTERRUPTED) from interrupt
     finally:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # `_print` told already
             out.close()
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _to_nowhere(1)
+            sys.stdout.flush()
         os.dup2(saved, 1)
         os.close(saved)
 
 
 def _print(out: TextIO, words: str) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the reader of our output left; what it read was fine
+    try:
         out.write(words if words.endswith("\n") else f"{words}\n")
+        out.flush()
+    except BrokenPipeError:  # the reader of our output left; what it read was fine
+        pass
+    except OSError as error:
+        raise AttnbenchError(f"cannot write to stdout: {error.strerror or error}") from error
 
 
 def _print_json(out: TextIO, data: object) -> None:
-    _print(out, json.dumps(data, indent=2, ensure_ascii=False))
+    _print(out, json.dumps(data, indent=2))
 
 
 def _print_table(out: TextIO, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -494,13 +529,11 @@ def _print_table(out: TextIO, headers: Sequence[str], rows: Sequence[Sequence[st
 
 
 def _say(words: str) -> None:
-    from attnbench.rows import printable
-
-    sys.stderr.write(f"{printable(words)}\n")
+    _Stderr(sys.stderr).write(f"{printable(words)}\n")
 
 
 def _complain(error: AttnbenchError) -> None:
-    _say(f"error: {' '.join(error.message.split())}")
+    _say(f"error: {one_line(error.message)}")
     if error.hint:
         _say(f"hint: {error.hint}")
 

@@ -8,7 +8,8 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -30,6 +31,9 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 DEVICE_KINDS: tuple[DeviceKind, ...] = get_args(DeviceKind)
 ITEM_BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+MAX_SIZE = 2**40
+"""The most that a size may be: far beyond any memory, and products of sizes still fit a float."""
 
 BACKWARD_GEMM_RATIO = 2.5
 """Backward runs five GEMMs (S again, dV, dP, dQ, dK) where forward runs two."""
@@ -88,9 +92,13 @@ class Problem:
             object.__setattr__(self, "softmax_scale", self._default_scale)
         if isinstance(self.softmax_scale, bool) or not isinstance(self.softmax_scale, (int, float)):
             raise ValueError(f"softmax_scale must be a number, not {self.softmax_scale!r}")
-        if not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
-            raise ValueError(f"softmax_scale must be positive and finite, not {self.softmax_scale!r}")
-        object.__setattr__(self, "softmax_scale", float(self.softmax_scale))
+        try:
+            scale = float(self.softmax_scale)
+        except OverflowError:
+            scale = math.inf
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"softmax_scale must be positive and finite, not {self.softmax_scale!r:.40}")
+        object.__setattr__(self, "softmax_scale", scale)
         if self.heads_q % self.heads_kv:
             raise ValueError(f"heads_kv must divide heads_q, and {self.heads_kv} does not divide {self.heads_q}")
         if not isinstance(self.causal, bool):
@@ -153,16 +161,38 @@ class Problem:
     @functools.cached_property
     def visible_pairs(self) -> int:
         """How many (query, key) pairs one head of one batch element computes, masked ones not counted."""
-        if not self.causal and self.window is None:
+        if not self._masked:
             return self.seqlen_q * self.seqlen_k
-        return sum(high - low for low, high in map(self.key_range, range(self.seqlen_q)))
+        # Query positions p run from `first`, the first that sees a key, to seqlen_k - 1, and see the keys from
+        # max(0, p - window + 1) to min(seqlen_k, p + ahead); each sum of those over p is a difference of triangles.
+        first, last, ahead = self._first_position, self.seqlen_k - 1, self._ahead
+
+        def ramp(shift: int) -> int:
+            """The sum of max(0, p + shift) over all p."""
+            return _triangle(last + shift) - _triangle(first + shift - 1)
+
+        below = 0 if self.window is None else ramp(1 - self.window)
+        return ramp(ahead) - ramp(ahead - self.seqlen_k) - below
 
     @functools.cached_property
     def visible_rows(self) -> int:
         """How many queries of one head see at least one key."""
-        if not self.causal and self.window is None:
-            return self.seqlen_q
-        return sum(low < high for low, high in map(self.key_range, range(self.seqlen_q)))
+        return self.seqlen_k - self._first_position if self._masked else self.seqlen_q
+
+    @property
+    def _ahead(self) -> int:
+        """Under a mask: a query at position p sees no key from p + `_ahead` on."""
+        return 1 if self.causal or self.window is None else self.window
+
+    @property
+    def _first_position(self) -> int:
+        """Under a mask: the key position of the first query that sees a key."""
+        return max(self.seqlen_k - self.seqlen_q, 1 - self._ahead)
+
+    @property
+    def _visible_keys(self) -> int:
+        """How many keys lie between the first and the last that any query sees."""
+        return self.seqlen_k - (0 if self.window is None else max(0, self._first_position - self.window + 1))
 
     @property
     def flops_gemm(self) -> int:
@@ -195,7 +225,7 @@ class Problem:
         """
         if self.dtype == "auto":
             raise ValueError("bytes_moved needs a dtype: call resolve(device) first")
-        keys = _span(map(self.key_range, range(self.seqlen_q))) if self._masked else self.seqlen_k
+        keys = self._visible_keys if self._masked else self.seqlen_k
         heads = self.batch * self.heads_q
         q, out = heads * self.visible_rows * self.head_dim, heads * self.seqlen_q * self.head_dim_v
         kv = self.batch * self.heads_kv * keys * (self.head_dim + self.head_dim_v)
@@ -221,10 +251,9 @@ class Problem:
         return cls(**data)
 
 
-def _span(ranges: Iterable[tuple[int, int]]) -> int:
-    """How many keys lie between the first and the last that any row sees."""
-    seen = [(low, high) for low, high in ranges if low < high]
-    return max((high for _, high in seen), default=0) - min((low for low, _ in seen), default=0)
+def _triangle(n: int) -> int:
+    """1 + 2 + … + n; 0 for n below 1."""
+    return n * (n + 1) // 2 if n > 0 else 0
 
 
 def _require_positive(name: str, value: object) -> None:
@@ -232,6 +261,8 @@ def _require_positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a whole number, not {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}")
+    if value > MAX_SIZE:
+        raise ValueError(f"{name} must be at most 2**40")  # its digits may be too many to print
 
 
 def _require_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -256,8 +287,8 @@ class Suite:
         object.__setattr__(self, "problems", tuple(self.problems))
         if not self.problems:
             raise ValueError(f"suite {self.name} has no problems")
-        ids = [problem.case_id for problem in self.problems]
-        if twice := sorted({case for case in ids if ids.count(case) > 1}):
+        ids = Counter(problem.case_id for problem in self.problems)
+        if twice := sorted(case for case, count in ids.items() if count > 1):
             raise ValueError(f"suite {self.name} holds {twice[0]} twice")
 
     def __iter__(self) -> Iterator[Problem]:
@@ -306,6 +337,8 @@ def load_suite(path: Path) -> Suite:
     except OSError as error:
         where = "give a suite's name or the path of a TOML file"
         raise AttnbenchError(f"cannot read suite {path}: {error.strerror}", where) from error
+    except RecursionError as error:
+        raise AttnbenchError(f"suite {path} is nested too deeply", hint) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise AttnbenchError(f"suite {path} is not TOML: {error}", hint) from error
     if unknown := sorted(set(data) - _SUITE_KEYS):
@@ -316,7 +349,7 @@ def load_suite(path: Path) -> Suite:
     name, summary = data.get("name", path.stem), data.get("summary", "")
     if not isinstance(name, str) or not isinstance(summary, str):
         raise AttnbenchError(f"suite {path}: name and summary must be text", hint)
-    problems: list[Problem] = []
+    problems: dict[Problem, None] = {}
     for index, table in enumerate(tables, 1):
         axes = {key: value if isinstance(value, list) else [value] for key, value in table.items()}
         try:
@@ -326,7 +359,7 @@ def load_suite(path: Path) -> Suite:
                 problem = Problem.from_json(dict(zip(axes, values)))
                 if problem in problems:
                     raise ValueError(f"{problem.case_id} is there twice")
-                problems.append(problem)
+                problems[problem] = None
         except (ValueError, OverflowError) as error:
             raise AttnbenchError(f"suite {path}, problem table {index}: {error}", hint) from error
     try:

@@ -43,6 +43,9 @@ class Status(str, Enum):
         return self.value
 
 
+MIN_TIME_US, MAX_TIME_US = 1e-9, 1e15
+"""What a time may be: beyond, rates made of it would be no numbers."""
+
 HARMLESS = frozenset({Status.PASSED, Status.UNSUPPORTED, Status.UNAVAILABLE, Status.SKIPPED})
 """Every other status makes the exit code 1."""
 
@@ -110,7 +113,7 @@ class Measurement:
         if not self.blocks or not all(self.blocks):
             raise ValueError("a measurement needs at least one block of at least one time")
         for value in (*self.samples, self.host_us):
-            if not (_is_number(value) and value > 0):
+            if not (_is_number(value) and MIN_TIME_US <= value <= MAX_TIME_US):
                 raise ValueError(f"a time must be a finite number of µs above 0, not {value!r}")
         if self.statistic not in get_args(Statistic):
             raise ValueError(f"statistic must be mean or median, not {self.statistic!r}")

@@ -18,8 +18,9 @@ from attnbench import stats
 from attnbench.devices import DeviceInfo
 from attnbench.devices.known import known_device
 from attnbench.errors import AttnbenchError
-from attnbench.problem import DEVICE_KINDS, Problem
-from attnbench.result import Result, Status
+from attnbench.problem import DEVICE_KINDS, Problem, auto_dtype
+from attnbench.result import MAX_TIME_US, MIN_TIME_US, Result, Status
+from attnbench.text import no_formula, one_line
 
 SCHEMA_VERSION = 1
 LEAD_COLUMNS = ("sq", "sk", "head_size", "kernel", "time_us", "tflops", "flops_total")
@@ -130,15 +131,7 @@ def _cell(value: object) -> str:
         return f"{value:.9g}"
     if isinstance(value, int):
         return str(value)
-    text = " ".join(printable(str(value)).split())
-    # A spreadsheet takes a cell that starts like this for a formula.
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
-
-
-def printable(text: str) -> str:
-    """`text` without terminal codes and other control characters; line breaks and tabs stay."""
-    text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])", "", text)
-    return "".join(c for c in text if c in "\n\t" or (c.isprintable() and c not in "\u2028\u2029"))
+    return no_formula(one_line(str(value)))
 
 
 PUBLISHED_BASELINE = "npu_fused_attention"
@@ -205,24 +198,49 @@ def _parse(path: Path, text: str) -> tuple[list[tuple[int, Row]], list[str]]:
     return parsed, cut
 
 
+MAX_WHOLE = 2**53
+"""What a count stays below: as far as a float, and so any reader of the CSV, counts exactly."""
+MAX_FLOPS_DIGITS = 100
+"""FLOPs are a product of counts and may be more."""
+RATES = (1e-30, 1e30)
+"""What rates, errors and clocks lie between."""
+
+
 def _whole(text: str) -> int:
-    if not re.fullmatch(r"\d+", text.strip()) or int(text) < 1:
+    value = _flops(text)
+    if value >= MAX_WHOLE:
+        raise ValueError("must be below 2**53")
+    return value
+
+
+def _flops(text: str) -> int:
+    if not re.fullmatch(r"[0-9]+", text):
+        raise ValueError("must be a whole number of at least 1")
+    if len(text) > MAX_FLOPS_DIGITS:
+        raise ValueError(f"must have at most {MAX_FLOPS_DIGITS} digits")
+    if int(text) < 1:
         raise ValueError("must be a whole number of at least 1")
     return int(text)
 
 
-def _positive(text: str) -> float:
+def _positive(text: str, low: float = RATES[0], high: float = RATES[1]) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise ValueError("must be a number above 0")
+    if not low <= value <= high:
+        raise ValueError(f"must be between {low:g} and {high:g}")
     return value
 
 
+def _time(text: str) -> float:
+    return _positive(text, MIN_TIME_US, MAX_TIME_US)
+
+
 def _error(text: str) -> float:
-    return 0.0 if text.strip() and float(text) == 0 else _positive(text)
+    return 0.0 if text and float(text) == 0 else _positive(text)
 
 
 def _boolean(text: str) -> bool:
@@ -242,19 +260,21 @@ def _device(text: str) -> str:
 
 
 _PARSERS: Mapping[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("sq", "sk", "head_size", "flops_total", "batch", "heads_q", "heads_kv", "head_dim_v"), _whole),
+    **dict.fromkeys(("sq", "sk", "head_size", "batch", "heads_q", "heads_kv", "head_dim_v"), _whole),
     **dict.fromkeys(("n_samples", "n_blocks", "used_cores", "schema_version"), _whole),
-    **dict.fromkeys(("time_us", "tflops", "mean_us", "median_us", "p10_us", "p90_us", "ci95_low_us"), _positive),
-    **dict.fromkeys(("ci95_high_us", "host_us", "tflops_gemm", "gbps", "pct_peak", "normalized_tflops"), _positive),
+    **dict.fromkeys(("time_us", "mean_us", "median_us", "p10_us", "p90_us", "host_us"), _time),
+    **dict.fromkeys(("ci95_low_us", "ci95_high_us"), _positive),
+    **dict.fromkeys(("tflops", "tflops_gemm", "gbps", "pct_peak", "normalized_tflops"), _positive),
     **dict.fromkeys(("err_budget", "max_abs_err"), _error),
+    "flops_total": _flops,
     "clock_mhz": _positive,
     "causal": _boolean,
     "status": _status,
     "device": _device,
 }
 _REQUIRED = ("sq", "sk", "head_size", "kernel")
-_MEASURED = tuple(column for column, parser in _PARSERS.items() if parser is _positive)
-FLOAT_COLUMNS = tuple(column for column, parser in _PARSERS.items() if parser in (_positive, _error))
+_MEASURED = tuple(column for column, parser in _PARSERS.items() if parser in (_time, _positive))
+FLOAT_COLUMNS = tuple(column for column, parser in _PARSERS.items() if parser in (_time, _positive, _error))
 
 
 def _parse_row(path: Path, number: int, fields: Mapping[str, str]) -> Row:
@@ -266,7 +286,8 @@ def _parse_row(path: Path, number: int, fields: Mapping[str, str]) -> Row:
         try:
             values[column] = _PARSERS.get(column, str)(text)
         except ValueError as error:
-            raise AttnbenchError(f"{path}, line {number}: {column} is {text!r}: {error}") from error
+            shown = text if len(text) <= 40 else f"{text[:39]}…"
+            raise AttnbenchError(f"{path}, line {number}: {column} is {shown!r}: {error}") from error
     for column in _REQUIRED:
         if values[column] is None:
             raise AttnbenchError(f"{path}, line {number}: {column} is empty")
@@ -299,7 +320,9 @@ def _device_of(path: Path, rows: Sequence[Row], device_name: str | None) -> tupl
     if published:
         note = f"taken for an {PUBLISHED_DEVICE} (24 cores, one for every {QUERY_TILE} queries); see --device-name"
         return known_device(PUBLISHED_DEVICE, kind), [note]
-    return DeviceInfo(kind=kind, name="unknown", cores=None), ["the CSV names no device; see --device-name"]
+    assumed = kind if all(values["dtype"] for values in rows) else f"{kind} with {auto_dtype(kind)}"
+    note = f"the CSV names no device: {assumed} is assumed; say otherwise with --device-name"
+    return DeviceInfo(kind=kind, name="unknown", cores=None), [note]
 
 
 def _cores(values: Row) -> int | None:
@@ -311,11 +334,14 @@ def _cores(values: Row) -> int | None:
 def _problem_of(path: Path, number: int, values: Row, device: DeviceInfo) -> Problem:
     fields = ("batch", "heads_q", "heads_kv", "head_dim_v", "dtype", "causal", "direction")
     given = {name: values[name] for name in fields if values[name] is not None}
-    suffixes = dict(re.findall(r"-(w|s)([\d.e-]*\d)", values["case_id"] or ""))
-    if "w" in suffixes:
-        given["window"] = int(suffixes["w"])
-    if "s" in suffixes:
-        given["softmax_scale"] = float(suffixes["s"])
+    suffixes = dict(re.findall(r"-(w|s)([\d.e+-]*\d)", values["case_id"] or ""))
+    for letter, name, parse in (("w", "window", _whole), ("s", "softmax_scale", float)):
+        if letter in suffixes:
+            try:
+                given[name] = parse(suffixes[letter])
+            except ValueError as error:
+                fault = f"case_id is {values['case_id']!r}: {name} {error}"
+                raise AttnbenchError(f"{path}, line {number}: {fault}") from error
     try:
         problem = Problem(seqlen_q=values["sq"], seqlen_k=values["sk"], head_dim=values["head_size"], **given)
     except ValueError as error:

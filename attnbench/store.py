@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import tempfile
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from attnbench.errors import AttnbenchError
 from attnbench.result import Result
 from attnbench.rows import SCHEMA_VERSION, Row, csv_text, load_csv, row
 
+NOTHING_RAN = "nothing was run; name another folder with --out"
 RUN_FILE, RECORD_FILE, CSV_FILE, REPORT_FILE = "run.json", "results.jsonl", "results.csv", "report.md"
 
 
@@ -43,31 +47,34 @@ def write_atomically(path: Path, text: str) -> None:
 class RunWriter:
     """Writes one run directory as the run goes; every finished Result survives whatever happens next."""
 
-    def __init__(self, path: Path, header: Mapping[str, Any], device: DeviceInfo) -> None:
-        """Start a run in `path`, which must be new or an empty folder.
+    def __init__(self, path: Path, header: Mapping[str, Any], device: DeviceInfo, *, fresh: bool = False) -> None:
+        """Start a run in `path`, which must be new or an empty folder; with `fresh`, new.
 
-        Raises AttnbenchError where it is something else or cannot be written.
+        Raises AttnbenchError where it is something else or cannot be written, and FileExistsError where it had to be
+        new and is not.
         """
         self.path = path
         self._device = device
         self._results: list[Result] = []
+        made = _make(path, fresh)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            occupied = any(path.iterdir())
-        except FileExistsError:
-            occupied = True
-        except OSError as error:
-            raise _cannot("make", path, error) from error
-        if occupied:
-            what = "holds a run already" if (path / RUN_FILE).is_file() else "exists and is not a run"
-            raise AttnbenchError(f"{path} {what}", "name a new or an empty folder with --out")
-        write_atomically(path / RUN_FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
-        write_atomically(path / RECORD_FILE, "")
-        self._write_csv()
+            write_atomically(path / RUN_FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
+            write_atomically(path / RECORD_FILE, "")
+            self._write_csv()
+        except AttnbenchError as error:
+            if made:
+                _unmake(path, made)
+            raise AttnbenchError(error.message, NOTHING_RAN) from error
 
     def add(self, results: Iterable[Result]) -> None:
-        """Append results to the record and renew the CSV. Raises AttnbenchError, the record ending at a whole line."""
-        results = list(results)
+        """Append results to the record and renew the CSV. Raises AttnbenchError, the record ending at a whole line.
+
+        An interrupt waits until both hold the results.
+        """
+        with _interrupts_wait():
+            self._add(list(results))
+
+    def _add(self, results: list[Result]) -> None:
         record = self.path / RECORD_FILE
         data = b"".join(map(_line, results))
         try:
@@ -98,15 +105,69 @@ class RunWriter:
         return tuple(self._results)
 
 
+def _make(path: Path, fresh: bool) -> list[Path]:
+    """Make the folder of a run, and tell which folders were made, the innermost first."""
+    try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True)
+        return missing
+    except FileExistsError as error:
+        if not os.path.lexists(path):
+            raise _cannot("make", path, error, NOTHING_RAN) from error
+        if fresh:
+            raise
+    except OSError as error:
+        raise _cannot("make", path, error, NOTHING_RAN) from error
+    try:
+        occupied = not path.is_dir() or any(path.iterdir())
+    except OSError as error:
+        raise _cannot("read", path, error, NOTHING_RAN) from error
+    if occupied:
+        what = "holds a run already" if (path / RUN_FILE).is_file() else "exists and is not a run"
+        raise AttnbenchError(f"{path} {what}", "name a new or an empty folder with --out")
+    return []
+
+
+def _unmake(path: Path, made: Sequence[Path]) -> None:
+    """Remove a run that could not begin; nothing but its own files, and folders that are empty then."""
+    with contextlib.suppress(OSError):
+        for name in (RUN_FILE, RECORD_FILE, CSV_FILE):
+            (path / name).unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is over. Only the main thread gets any."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield
+        return
+    came = False
+
+    def note(*_: object) -> None:
+        nonlocal came
+        came = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _line(result: Result) -> bytes:
     text = json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
     return text.encode(errors="backslashreplace")  # of half a surrogate pair this makes the escape that JSON has for it
 
 
-def _cannot(verb: str, path: Path, error: OSError) -> AttnbenchError:
-    return AttnbenchError(
-        f"cannot {verb} {path}: {error.strerror or error}", "what was finished before is kept; try another --out"
-    )
+def _cannot(
+    verb: str, path: Path, error: OSError, hint: str = "what was finished before is kept; try another --out"
+) -> AttnbenchError:
+    return AttnbenchError(f"cannot {verb} {path}: {error.strerror or error}", hint)
 
 
 @dataclass(frozen=True)
@@ -128,7 +189,7 @@ def load(path: Path, device_name: str | None = None) -> Record:
 
     `device_name` says what device a CSV's numbers are of. Raises AttnbenchError naming what is wrong.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # which, unlike path.is_dir(), raises for no name
         if device_name is not None:
             raise AttnbenchError(f"{path} is a run, which names its device itself", "--device-name is for a CSV")
         return _load_run(path)

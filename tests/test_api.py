@@ -10,6 +10,7 @@ import pytest
 from helpers import ASCEND_CSV
 
 import attnbench
+from attnbench import api
 from attnbench.errors import AttnbenchError
 from attnbench.rows import COLUMNS
 
@@ -19,10 +20,11 @@ QUICK = {"protocol": "fixed", "warmup": 1, "iters": 4}
 
 def test_run_gives_a_frame_and_leaves_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--token", "hf_secret"])
-    table = attnbench.run(["gemm_ref", "sdpa", "npu_fused"], **TINY, **QUICK, causal=True, out="r")
+    table = attnbench.run(["gemm_ref", "sdpa", "npu_fused"], **TINY, **QUICK, causal=True, out="r", isolate=False)
     assert list(table.columns) == list(COLUMNS)
-    assert list(table["kernel"]) == ["gemm_ref", "sdpa", "npu_fused_attention"] * 2
-    assert list(table["status"]) == ["PASSED", "PASSED", "UNAVAILABLE"] * 2
+    written, table = table, table.sort_values(["sk", "kernel"])  # a result is written as soon as it is final
+    assert list(table["kernel"]) == ["gemm_ref", "npu_fused_attention", "sdpa"] * 2
+    assert list(table["status"]) == ["PASSED", "UNAVAILABLE", "PASSED"] * 2
     assert [(sq, sk) for sq, sk in zip(table["sq"], table["sk"])] == [(16, 32)] * 3 + [(16, 48)] * 3
     assert table["causal"].all()
     assert {name: str(table[name].dtype) for name in ("sq", "time_us", "pct_peak", "n_samples", "causal")} == {
@@ -32,12 +34,12 @@ def test_run_gives_a_frame_and_leaves_a_run(folder: Path, monkeypatch: pytest.Mo
         "n_samples": "Int64",
         "causal": "bool",
     }
-    assert list(table["n_samples"].fillna(0)) == [4, 4, 0] * 2
+    assert list(table["n_samples"].fillna(0)) == [4, 0, 4] * 2
     done = table[table["status"] == "PASSED"]
     assert (done["time_us"] > 0).all()
     assert (done["tflops"] - done["flops_total"] / done["time_us"] / 1e6).abs().max() < 1e-12
     assert table["time_us"].isna().sum() == 2
-    assert attnbench.load("r").equals(table)
+    assert attnbench.load("r").equals(written)
     assert sorted(p.name for p in (folder / "r").iterdir()) == ["report.md", "results.csv", "results.jsonl", "run.json"]
     recorded = json.loads((folder / "r" / "run.json").read_text())
     assert (recorded["seed"], recorded["protocol"]["iters"]) == (0, 4)
@@ -61,6 +63,8 @@ def test_run_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> 
         ({"seqlen_q": 5, "suite": "smoke"}, "--seqlen-q and --suite exclude each other"),
         ({"iters": 0}, "--iters must be a whole number of at least 1, not 0"),
         ({"device": "tpu"}, "no device is called 'tpu'"),
+        ({"seqlen_q": 5, "timeout_s": 0}, "--timeout must be a number of seconds above 0, not 0"),
+        ({"suite": Path("none.toml")}, "cannot read suite none.toml"),
     ],
 )
 def test_run_raises_what_cannot_be_run(words: dict, message: str, folder: Path) -> None:
@@ -93,3 +97,45 @@ def test_the_public_names_are_there() -> None:
     assert all(getattr(attnbench, name) for name in names)
     with pytest.raises(AttributeError, match="no attribute 'bogus'"):
         attnbench.bogus  # noqa: B018
+
+
+def test_a_misspelt_parameter_is_a_type_error_that_names_it() -> None:
+    with pytest.raises(TypeError, match=r"run\(\) got an unexpected keyword argument 'seqlen_qq'"):
+        attnbench.run("gemm_ref", seqlen_qq=5)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_isolate_reaches_execute(isolate: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got = {}
+
+    def execute(*_: object, **options: object) -> None:
+        got.update(options)
+        raise AttnbenchError("enough")
+
+    monkeypatch.setattr(api, "execute", execute)
+    with pytest.raises(AttnbenchError, match="enough"):
+        attnbench.run("gemm_ref", suite=Path("smoke"), isolate=isolate)
+    assert got["isolate"] is isolate
+
+
+def test_two_runs_in_the_same_second_have_a_folder_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api.time, "strftime", lambda *_: "now")
+    (folder / "reports" / "now-cpu-smoke").mkdir(parents=True)  # another run, about to write its first file
+    attnbench.run("npu_fused", "smoke", isolate=False)
+    attnbench.run("npu_fused", "smoke", isolate=False)
+    assert sorted(p.name for p in (folder / "reports").iterdir()) == [f"now-cpu-smoke{n}" for n in ("", "-2", "-3")]
+    assert list((folder / "reports" / "now-cpu-smoke").iterdir()) == []
+
+
+def test_the_report_page_shows_names_and_command_as_they_are() -> None:
+    header = {
+        "suite": {"name": "smoke"},
+        "device": {"name": "<b>x</b> [y](z)\n# h"},
+        "command": ["attnbench", "run", "--out", "`r`\n# x"],
+        "started": "now",
+        "protocol": {"name": "fixed", "cache": "hot"},
+        "seed": 0,
+    }
+    page = api._report_page(header, "tables").split("\n\n")
+    assert page[0] == r"# attnbench: smoke on &lt;b&gt;x&lt;/b&gt; \[y\](z) # h"
+    assert page[1] == "`` attnbench run --out `r` # x ``, now, protocol fixed, hot cache, seed 0"

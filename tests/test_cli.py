@@ -22,6 +22,8 @@ from attnbench.rows import COLUMNS
 Cli = Callable[..., Answer]
 CASE = "b1-h1-q16-k32-d32-fp32"
 OWN = ("--no-plugin", "jit_flash")
+FAST = (*QUICK, "--no-isolate")
+"""For tests that ask nothing of isolation, whose processes take seconds to start."""
 
 
 def cells(path: Path) -> list[dict[str, str]]:
@@ -46,6 +48,7 @@ def test_a_run_with_an_unavailable_backend_is_fine_and_has_its_rows(cli: Cli, fo
     answer = cli("run", "--backends", "jit_flash,npu_fused", *TINY, *QUICK, "--out", "r")
     assert answer.code == 0
     rows = cells(folder / "r" / "results.csv")
+    rows.sort(key=lambda r: r["kernel"])  # a result is written as soon as it is final
     assert [(r["kernel"], r["status"]) for r in rows] == [
         ("jit_flash", "PASSED"),
         ("npu_fused_attention", "UNAVAILABLE"),
@@ -60,7 +63,7 @@ def test_a_run_with_an_unavailable_backend_is_fine_and_has_its_rows(cli: Cli, fo
 
 
 def test_a_run_in_which_nothing_passed_is_exit_3_and_shows_why(cli: Cli, folder: Path) -> None:
-    answer = cli("run", "--backends", "npu_fused", *TINY, *QUICK, "--out", "r")
+    answer = cli("run", "--backends", "npu_fused", *TINY, *FAST, "--out", "r")
     assert answer.code == 3
     assert answer.problem == "error: nothing passed, so there is no time to show"
     assert answer.out.startswith("### Details\n")
@@ -94,7 +97,7 @@ def test_a_failing_backend_is_exit_1_and_the_others_are_kept(
             return [Toy("toy")]
         """
     )
-    answer = cli("run", "--backends", "toy,gemm_ref", *TINY, *QUICK, "--out", "r")
+    answer = cli("run", "--backends", "toy,gemm_ref", *TINY, *FAST, "--out", "r")
     assert answer.code == 1
     assert "Traceback" not in answer.err
     rows = cells(folder / "r" / "results.csv")
@@ -265,7 +268,7 @@ def test_the_default_is_the_pto_suite_into_reports(cli: Cli, folder: Path) -> No
     assert cases == [
         f"b1-h1-q{sq}-k{sk}-d128-fp32" for sq in (128, 256, 512, 1024, 2048) for sk in (1024, 2048, 4096, 8192)
     ]
-    answer = cli("run", "--backends", "gemm_ref", *TINY, "--budget", "0.05")
+    answer = cli("run", "--backends", "gemm_ref", *TINY, "--budget", "0.05", "--no-isolate")
     assert answer.code == 0
     (made,) = (folder / "reports").iterdir()
     assert made.name.endswith("-cpu-custom")
@@ -316,18 +319,19 @@ def test_plugins_json_has_exactly_the_contracts_keys(cli: Cli, plugins: PluginFo
 
 
 def test_run_json_is_results_csv_as_json(cli: Cli, folder: Path) -> None:
-    answer = cli("run", "--backends", "gemm_ref,npu_fused", *TINY, *QUICK, "--out", "r", "--json")
-    data = json.loads(answer.out)
+    answer = cli("run", "--backends", "gemm_ref,npu_fused", *TINY, *FAST, "--out", "r", "--json")
+    data = sorted(json.loads(answer.out), key=lambda entry: entry["kernel"])
+    written = sorted(cells(folder / "r" / "results.csv"), key=lambda r: r["kernel"])
     assert [list(entry) for entry in data] == [list(COLUMNS)] * 2
     assert [entry["status"] for entry in data] == ["PASSED", "UNAVAILABLE"]
-    assert data[0]["time_us"] == pytest.approx(float(cells(folder / "r" / "results.csv")[0]["time_us"]), rel=1e-8)
+    assert data[0]["time_us"] == pytest.approx(float(written[0]["time_us"]), rel=1e-8)
     assert data[1]["time_us"] is None
 
 
 def test_check_json_has_every_verdict_and_writes_nothing(cli: Cli, folder: Path) -> None:
     answer = cli("check", "--backends", "gemm_ref,npu_fused", *TINY, "--json")
     assert answer.code == 0
-    data = json.loads(answer.out)
+    data = sorted(json.loads(answer.out), key=lambda entry: entry["backend"])
     names = {"problem", "backend", "device", "status", "reason", "check", "measurement", "used_cores"}
     assert {frozenset(entry) for entry in data} == {frozenset(names)}
     assert [(entry["backend"], entry["status"], entry["measurement"]) for entry in data] == [
@@ -336,7 +340,7 @@ def test_check_json_has_every_verdict_and_writes_nothing(cli: Cli, folder: Path)
     ]
     assert 0 <= data[0]["check"]["max_abs_err"] <= data[0]["check"]["err_budget"]
     assert files(folder) == []
-    table = cli("check", "--backends", "gemm_ref", *TINY)
+    table = cli("check", "--backends", "gemm_ref", *TINY, "--no-isolate")
     assert table.out.startswith("| case ")
     assert cli("check", "--backends", "npu_fused", *TINY).code == 3
 
@@ -344,7 +348,7 @@ def test_check_json_has_every_verdict_and_writes_nothing(cli: Cli, folder: Path)
 def test_check_of_a_wrong_backend_is_exit_1(cli: Cli, plugins: PluginFolder) -> None:
     plugins.backends('[Toy("toy")]')
     assert cli("check", "--backends", "toy", *TINY).code == 0
-    answer = cli("check", "--backends", "toy", *TINY, "--causal", "true")  # Toy knows no mask
+    answer = cli("check", "--backends", "toy", *TINY, "--causal", "true", "--no-isolate")  # Toy knows no mask
     assert answer.code == 1
     assert "INCORRECT" in answer.out
 
@@ -362,7 +366,7 @@ def test_env_json_is_an_allow_list(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_report_of_a_run_is_what_the_run_printed(cli: Cli, folder: Path) -> None:
-    printed = cli("run", "--backends", "gemm_ref,sdpa", *TINY, *QUICK, "--out", "r").out
+    printed = cli("run", "--backends", "gemm_ref,sdpa", *TINY, *FAST, "--out", "r").out
     assert cli("report", "r") == Answer(0, printed, "")
     assert cli("report", "r", "--format", "csv").out == (folder / "r" / "results.csv").read_text(encoding="utf-8")
 
@@ -393,7 +397,7 @@ def test_report_of_the_published_csv(cli: Cli) -> None:
 
 
 def test_a_cut_record_is_reported_with_a_note(cli: Cli, folder: Path) -> None:
-    cli("run", "--backends", "gemm_ref,sdpa", *TINY, *QUICK, "--out", "r")
+    cli("run", "--backends", "gemm_ref,sdpa", *TINY, *FAST, "--out", "r")
     record = folder / "r" / "results.jsonl"
     record.write_bytes(record.read_bytes()[:-5])
     answer = cli("report", "r")
@@ -420,9 +424,9 @@ def test_an_interrupt_before_the_first_problem_ends_leaves_no_table(cli: Cli, pl
         "def prepare(*_):\n    raise KeyboardInterrupt\nToy.prepare = prepare\n"
         "@attnbench.hookimpl\ndef attnbench_backends():\n    return [Toy('toy')]\n"
     )
-    answer = cli("run", "--backends", "toy", *TINY, *QUICK, "--out", "r", "--json")
+    answer = cli("run", "--backends", "toy", *TINY, *FAST, "--out", "r", "--json")
     assert (answer.code, answer.out) == (130, "[]\n")
-    assert answer.problem == "error: interrupted: what was finished is kept and shown"
+    assert answer.problem == "error: interrupted: nothing was finished"
 
 
 # --- real processes ---------------------------------------------------------------------------------------------------
@@ -565,7 +569,7 @@ def test_a_file_size_limit_in_the_middle_is_one_error_and_keeps_whole_lines(fold
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 
     sizes = ",".join(str(n) for n in range(16, 36))
-    words = ("--backends", "gemm_ref", "--seqlen-q", sizes, *TINY[2:], *QUICK, "--out", "r")
+    words = ("--backends", "gemm_ref", "--seqlen-q", sizes, *TINY[2:], *FAST, "--out", "r")
     answer = attnbench("run", *words, *OWN, preexec_fn=limit)
     assert answer.code == 2, answer.err
     assert answer.problem.startswith("error: cannot write r/results.")
@@ -595,7 +599,102 @@ def test_no_plugin_of_a_name_that_is_not_there_is_an_error(cli):
 
 
 def test_a_run_takes_no_device_name(cli, folder):
-    assert cli("run", *OWN, *TINY, "--out", "run").code == 0
+    assert cli("run", *OWN, *TINY, *FAST, "--out", "run").code == 0
     answer = cli("report", "run", "--device-name", "910B3")
     assert answer.code == 2
     assert "which names its device itself" in answer.err
+
+
+def test_dry_run_json_is_the_plan_as_json(cli: Cli, folder: Path) -> None:
+    answer = cli("run", "--backends", "gemm_ref,npu_fused", *TINY, "--dry-run", "--json")
+    data = json.loads(answer.out)
+    assert [list(entry) for entry in data] == [["case_id", "kernel", "status", "reason"]] * 2
+    assert data[0] == {"case_id": CASE, "kernel": "gemm_ref", "status": None, "reason": None}
+    assert data[1]["status"] == "UNAVAILABLE"
+    assert "npu" in data[1]["reason"]
+    assert files(folder) == []
+
+
+def test_a_dry_run_refuses_what_the_run_would(cli: Cli) -> None:
+    answer = cli("run", *TINY, "--timeout", "0", "--dry-run")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.problem == "error: --timeout must be a number of seconds above 0, not 0"
+
+
+def test_report_compares_with_the_runs_own_baseline(cli: Cli, folder: Path) -> None:
+    words = ("--backends", "gemm_ref,sdpa", "--baseline", "gemm_ref", *TINY, *FAST, "--out", "r")
+    printed = cli("run", *words).out
+    assert printed.startswith("### sdpa vs gemm_ref ")
+    assert cli("report", "r").out == printed
+    assert cli("report", "r", "--baseline", "sdpa").out.startswith("### gemm_ref vs sdpa ")
+
+
+def test_a_name_that_is_too_long_is_one_clear_error(cli: Cli) -> None:
+    answer = cli("report", "x" * 5000)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.problem.endswith("xxx: File name too long")
+
+
+def test_json_reaches_a_terminal_without_control_characters(cli: Cli, plugins: PluginFolder) -> None:
+    plugins.add(
+        """
+        @attnbench.hookimpl
+        def attnbench_backends():
+            toy = Toy("toy")
+            toy.summary = "a\\u202eb\\x9bc"
+            return [toy]
+        """
+    )
+    answer = cli("list", "--json")
+    assert answer.out.isascii()
+    assert [entry["summary"] for entry in json.loads(answer.out) if entry["name"] == "toy"] == ["a\u202eb\x9bc"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [("report", ASCEND_CSV), ("list",)], ids=["more than a buffer", "less than a buffer"])
+def test_a_full_disk_below_stdout_is_one_clear_error(words: tuple[object, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        environment = os.environ | {"ATTNBENCH_PLUGINS": ""}
+        done = subprocess.run([SCRIPT, *words], stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 2
+    answer = Answer(done.returncode, "", done.stderr)
+    assert answer.problem == "error: cannot write to stdout: No space left on device"
+
+
+def test_nobody_reading_stderr_ends_no_run(folder: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    words = ("run", "--backends", "gemm_ref", "--seqlen-q", "16,17", *TINY[2:], *FAST, "--out", "r")
+    try:
+        done = subprocess.run([SCRIPT, *words, *OWN], stdout=subprocess.PIPE, stderr=write, text=True)
+    finally:
+        os.close(write)
+    assert done.returncode == 0
+    assert len(store.load(folder / "r").results) == 2
+    assert done.stdout.strip() in (folder / "r" / "report.md").read_text(encoding="utf-8")
+
+
+def test_what_plugins_print_reaches_stdout_never_also_where_nobody_reads_stderr(
+    folder: Path, plugins: PluginFolder
+) -> None:
+    plugins.add("print('noise')\n@attnbench.hookimpl\ndef attnbench_backends():\n    return []\n")
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([SCRIPT, "list", "--json", *OWN], stdout=subprocess.PIPE, stderr=write, text=True)
+    finally:
+        os.close(write)
+    assert done.returncode == 0
+    assert "noise" not in done.stdout
+    assert json.loads(done.stdout)
+
+
+def test_a_run_without_room_for_any_file_leaves_no_folder(folder: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    answer = attnbench("run", "--backends", "gemm_ref", *TINY, *FAST, *OWN, "--out", "r", preexec_fn=limit)
+    assert answer.code == 2
+    assert answer.problem == "error: cannot write r/run.json: File too large"
+    assert "hint: nothing was run; name another folder with --out" in answer.err
+    assert files(folder) == []

@@ -14,7 +14,7 @@ import attnbench
 PACKAGE = ROOT / "attnbench"
 
 LAYERS = (
-    ("errors", "settings", "stats"),
+    ("errors", "settings", "stats", "text"),
     ("problem", "result", "backend", "hookspecs"),
     ("jit", "devices", "reference"),
     ("registry", "protocol", "rows", "store", "environment"),

@@ -448,3 +448,45 @@ def test_a_suite_file_that_is_not_text_is_not_toml(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(AttnbenchError, match="is not TOML"):
         load_suite(path)
+
+
+@pytest.mark.parametrize("size", [2**40 + 1, 10**700, 10**5000], ids=["2**40+1", "10**700", "10**5000"])
+@pytest.mark.parametrize(
+    "field", ["batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "window"]
+)
+def test_a_size_beyond_any_memory_is_refused_by_name(field, size):
+    with pytest.raises(ValueError, match=rf"^{field} must be at most 2\*\*40$"):
+        Problem(**{"seqlen_q": 1, "seqlen_k": 1, field: size})
+
+
+def test_a_softmax_scale_beyond_floats_is_refused():
+    with pytest.raises(ValueError, match=r"^softmax_scale must be positive and finite"):
+        Problem(seqlen_q=1, seqlen_k=1, softmax_scale=10**400)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_work_of_a_long_problem_is_known_at_once(causal, window):
+    problem = Problem(seqlen_q=10**10, seqlen_k=10**10, causal=causal, window=window, dtype="fp16")
+    n = 10**10
+    pairs = {
+        (False, None): n * n,
+        (True, None): n * (n + 1) // 2,
+        (True, 3): 3 * n - 3,
+        (False, 3): 5 * n - 6,
+    }
+    assert problem.visible_pairs == pairs[causal, window]
+    assert problem.visible_rows == n
+    assert problem.bytes_moved == 2 * 4 * n * 128
+
+
+def test_a_suite_of_many_problems_is_made_at_once(tmp_path):
+    many = ", ".join(map(str, range(1, 151)))
+    suite = load_suite(write(tmp_path, f"[[problems]]\nseqlen_q = [{many}]\nseqlen_k = [{many}]\n"))
+    assert len(suite) == 150 * 150
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, GOOD + "window = " + "{a = " * 100_000])
+def test_a_suite_that_is_nested_without_end_is_one_clear_error(tmp_path, text):
+    with pytest.raises(AttnbenchError, match=r"mine\.toml is nested too deeply$"):
+        load_suite(write(tmp_path, text))

@@ -24,6 +24,7 @@ from attnbench.report.tables import DETAIL_COLUMNS, Comparison, Tables, check_ta
 from attnbench.result import Result, Status
 from attnbench.rows import COLUMNS, csv_text, row
 from attnbench.store import Record
+from attnbench.text import one_line
 
 SHARED_CSV = ROOT.parent / "shared" / "data" / "ascend-910b2.csv"
 PUBLISHED = {
@@ -173,6 +174,38 @@ def test_the_default_baseline_is_the_devices(kind: str, kernels: tuple[str, ...]
     device = dataclasses.replace(DEVICE, kind=kind)
     results = [at(1, kernel, 10.0, device=kind) for kernel in kernels]
     assert Tables(record(*results, device=device)).baseline == baseline
+
+
+@pytest.mark.parametrize(
+    ("timed", "untimed", "baseline"),
+    [
+        (("jit_flash", "gemm_ref"), ("npu_fused_attention",), "gemm_ref"),
+        (("jit_flash", "other"), ("npu_fused_attention", "gemm_ref", "sdpa"), "other"),
+        (("jit_flash",), ("gemm_ref", "npu_fused_attention"), "npu_fused_attention"),
+        (("gemm_ref",), ("npu_fused_attention",), "npu_fused_attention"),
+        (("sdpa",), ("jit_flash",), "sdpa"),
+        ((), ("gemm_ref", "npu_fused_attention"), "npu_fused_attention"),
+    ],
+)
+def test_the_default_baseline_is_one_with_a_time(
+    timed: tuple[str, ...], untimed: tuple[str, ...], baseline: str
+) -> None:
+    device = dataclasses.replace(DEVICE, kind="cpu")
+    results = [*(failed(kernel, seqlen_q=1) for kernel in untimed), *(at(1, kernel, 10.0) for kernel in timed)]
+    tables = Tables(record(*results, device=device))
+    assert tables.baseline == baseline
+    if "jit_flash" in timed:
+        assert tables.comparisons[0].headers[2] == {"npu_fused_attention": "Fused µs"}.get(baseline, f"{baseline} µs")
+
+
+def test_a_runs_own_baseline_is_the_default() -> None:
+    plain = record(at(1, "jit_flash", 1.0), at(1, "sdpa", 2.0), at(1, "gemm_ref", 3.0))
+    for own in ("gemm_ref", "best"):
+        run = dataclasses.replace(plain, header={"baseline": own})
+        assert Tables(run).baseline == own
+        assert Tables(run, "sdpa").baseline == "sdpa"
+    for other in (None, "interrupted_before_its_first", 5, ["sdpa"], {}, True):
+        assert Tables(dataclasses.replace(plain, header={"baseline": other})).baseline == Tables(plain).baseline
 
 
 def test_one_backend_alone_has_times_and_no_speedup() -> None:
@@ -361,7 +394,7 @@ def test_markdown_keeps_its_columns_and_shows_text_as_it_is() -> None:
     ]
     assert grid(shown)[-1][0] == list(DETAIL_COLUMNS)
     reasons = [re.sub(r"\\(.)", r"\1", html.unescape(cells[-1])) for cells in grid(shown)[-1][2 : 2 + len(HOSTILE)]]
-    expected = [" ".join(text.printable(words).split()) for words in HOSTILE]
+    expected = [one_line(words) for words in HOSTILE]
     assert reasons == expected
 
 
@@ -468,3 +501,56 @@ def test_a_comparison_without_a_ratio_has_seven_cells() -> None:
     only = record(passed()).rows[0]
     comparison = Comparison("jit_flash", "sdpa", "c", ((only, None),), (None,))
     assert len(comparison.headers) == len(comparison.cells[0]) == 7
+
+
+@pytest.mark.parametrize("style", ["github", "pipe"])
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("- x", "\\- x"),
+        ("+ x", "\\+ x"),
+        ("# x", "\\# x"),
+        ("* x", "\\* x"),
+        ("> x", "&gt; x"),
+        ("1. x", "1\\. x"),
+        ("12) x", "12\\) x"),
+        ("~~~ x", "\\~\\~\\~ x"),
+        ("&lt;b&gt;", "&amp;lt;b&amp;gt;"),
+        ("3.66× on 1. x", "3.66× on 1. x"),
+        ("jit_flash: x", "jit_flash: x"),
+    ],
+)
+def test_prose_in_markdown_begins_no_list_and_no_heading(style: str, line: str, shown: str) -> None:
+    assert text.paragraph(line, style) == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("*a* `b` |c| d_ e_f \\g", "\\*a\\* \\`b\\` \\|c\\| d\\_ e_f \\\\g"),
+        (".. raw:: html", "\\.. raw:: html"),
+        ("- x", "\\- x"),
+        ("a. x", "a\\. x"),
+        ("jit_flash", "jit_flash"),
+    ],
+)
+def test_rst_markup_is_escaped_in_prose_and_cells(words: str, shown: str) -> None:
+    assert text.paragraph(words, "rst") == shown
+    assert shown in text.table(("a", "b"), [["x", words]], "rst")
+
+
+def test_a_tsv_cell_is_no_formula() -> None:
+    assert "'=1+1" in text.table(("a", "b"), [["x", "=1+1"]], "tsv")
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"), [("a\nb", "`a b`"), ("a`b", "`` a`b ``"), ("<b> [x](y)", "`<b> [x](y)`"), ("``", "``` `` ```")]
+)
+def test_code_is_one_span(words: str, shown: str) -> None:
+    assert text.code(words) == shown
+
+
+def test_json_on_a_terminal_is_ascii() -> None:
+    shown = json_text(record(failed("x", reason="\x9b31m \u202e µ")).rows)
+    assert shown.isascii()
+    assert json.loads(shown)[0]["reason"] == "\x9b31m \u202e µ"

@@ -234,3 +234,9 @@ def test_json_that_is_no_result_is_refused(spoil):
     spoil(data)
     with pytest.raises((ValueError, KeyError, TypeError)):
         Result.from_json(data)
+
+
+@pytest.mark.parametrize("value", [1e-320, 9e-10, 2e15])
+def test_a_time_that_makes_rates_no_numbers_is_refused(value):
+    with pytest.raises(ValueError, match="a time must be"):
+        Measurement(blocks=((value,),), statistic="mean", timing_method="host_clock", cache="hot", host_us=1.0)

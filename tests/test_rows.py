@@ -15,13 +15,15 @@ from helpers import DEVICE, HOSTILE, failed, passed
 from attnbench.devices import DeviceInfo
 from attnbench.errors import AttnbenchError, ExitCode
 from attnbench.result import Check, Result, Status
-from attnbench.rows import COLUMNS, Row, csv_text, load_csv, printable, row
+from attnbench.rows import COLUMNS, Row, csv_text, load_csv, row
+from attnbench.text import printable
 
 CONTRACT = """
 sq,sk,head_size,kernel,time_us,tflops,flops_total,batch,heads_q,heads_kv,head_dim_v,dtype,causal,direction,
 device,device_name,status,reason,timing_method,cache,statistic,n_samples,n_blocks,mean_us,median_us,p10_us,p90_us,
 ci95_low_us,ci95_high_us,host_us,tflops_gemm,gbps,pct_peak,used_cores,normalized_tflops,max_abs_err,err_budget,
 clock_mhz,case_id,schema_version""".replace("\n", "").split(",")
+ASSUMED = "the CSV names no device: cpu with fp32 is assumed; say otherwise with --device-name"
 HEADER = "sq,sk,head_size,kernel,time_us,tflops,flops_total\n"
 MEASURED = (
     *("time_us", "tflops", "timing_method", "cache", "statistic", "n_samples", "n_blocks", "mean_us", "median_us"),
@@ -248,7 +250,7 @@ def test_device_name_says_which_device_it_is(name: str, cores: int | None, norma
 def test_a_plain_csv_without_the_published_baseline_is_of_no_known_device() -> None:
     rows, device, warnings = loaded(f"{HEADER}256,64,128,sdpa,9,,\n")
     assert (device.kind, device.name, device.cores, rows[0]["normalized_tflops"]) == ("cpu", "unknown", None, None)
-    assert warnings == ["the CSV names no device; see --device-name"]
+    assert warnings == [ASSUMED]
 
 
 GOOD = "128,1024,128,jit_flash,19.2,3.5362,67895040\n"
@@ -272,7 +274,7 @@ def test_csv_dialects_read_the_same(text: str) -> None:
         (128, "jit_flash", 19.2, 67895040)
     ]
     assert rows[0]["tflops"] == pytest.approx(67.89504 / 19.2)
-    assert warnings == ["the CSV names no device; see --device-name"]
+    assert warnings == [ASSUMED]
 
 
 @pytest.mark.parametrize("column", HEADER.strip().split(","))
@@ -368,3 +370,56 @@ def test_a_column_that_stands_twice_is_refused():
     text = "sq,sk,head_size,kernel,time_us,tflops,flops_total,time_us\n128,1024,128,sdpa,1,1,1,2\n"
     with pytest.raises(AttnbenchError, match="has the column time_us twice"):
         load_csv(Path("two.csv"), text, None)
+
+
+def test_a_plain_csv_with_dtypes_has_only_its_device_assumed() -> None:
+    rows, _, warnings = loaded(HEADER.replace("\n", ",dtype\n") + GOOD.replace("\n", ",bf16\n"))
+    assert rows[0]["dtype"] == "bf16"
+    assert warnings == ["the CSV names no device: cpu is assumed; say otherwise with --device-name"]
+
+
+@pytest.mark.parametrize("suffix", ["w1.5", "w0", "s1-2", "w-3", "s1e400", "s0", "w" + "9" * 5000])
+def test_a_case_id_that_cannot_be_read_is_named_with_its_line(suffix: str) -> None:
+    message = refusal(HEADER.replace("\n", ",case_id\n") + GOOD.replace("\n", f",b1-{suffix}\n"))
+    assert message.startswith("x.csv, line 2: ")
+    assert f"b1-{suffix}"[:30] in message or "softmax_scale" in message
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-12, 0.3])
+def test_every_softmax_scale_comes_back_from_the_case_id(scale: float) -> None:
+    written = row(passed(problem={"softmax_scale": scale}), DEVICE)
+    assert loaded(csv_text([written]))[0][0]["case_id"] == written["case_id"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "fault"),
+    [
+        ("sq", "1" + "0" * 320, "must have at most 100 digits"),
+        ("head_size", "1" + "0" * 700, "must have at most 100 digits"),
+        ("sk", str(2**53), "must be below 2**53"),
+        ("time_us", "1e-320", "must be between 1e-09 and 1e+15"),
+        ("time_us", "1e16", "must be between 1e-09 and 1e+15"),
+        ("tflops", "1e300", "must be between 1e-30 and 1e+30"),
+    ],
+)
+def test_numbers_beyond_all_measure_are_refused(column: str, value: str, fault: str) -> None:
+    fields = dict(zip(HEADER.strip().split(","), GOOD.strip().split(","))) | {column: value}
+    message = refusal(f"{HEADER}{','.join(fields.values())}\n")
+    assert message.startswith(f"x.csv, line 2: {column} is '{value[:9]}"[:40])
+    assert message.endswith(fault)
+    assert len(message) < 150
+
+
+def test_a_size_beyond_a_problems_is_refused_with_its_line() -> None:
+    assert refusal(HEADER + GOOD.replace("1024", str(2**41))) == "x.csv, line 2: seqlen_k must be at most 2**40"
+
+
+def test_the_rates_of_the_smallest_and_the_largest_time_come_back() -> None:
+    huge = {"batch": 2**40, "heads_q": 2**20, "seqlen_q": 2**20}
+    written = [
+        row(passed("slow", (1e15,), problem={"seqlen_q": 1, "seqlen_k": 1, "head_dim": 1}), DEVICE),
+        row(passed("huge", (1e15,), problem=huge), DEVICE),
+    ]
+    read = loaded(csv_text(written))[0]
+    assert [r["flops_total"] for r in read] == [r["flops_total"] for r in written]
+    assert [r["gbps"] for r in read] == pytest.approx([r["gbps"] for r in written], rel=1e-8)

@@ -397,3 +397,65 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_status_values_are_the_contracts() -> None:
     words = "PASSED UNSUPPORTED UNAVAILABLE INCORRECT TAMPERED IMPLAUSIBLE COMPILE_ERROR RUNTIME_ERROR OOM TIMEOUT"
     assert [status.value for status in Status] == [*words.split(), "CRASHED", "SKIPPED"]
+
+
+def test_a_name_that_is_too_long_is_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 5000)
+    assert refusal(path) == f"cannot read {path}: File name too long"
+    with pytest.raises(AttnbenchError, match=r"^cannot make .*: File name too long$"):
+        start(path)
+
+
+NO_ROOM = """
+import resource, sys
+from pathlib import Path
+from helpers import DEVICE, header
+from attnbench.errors import AttnbenchError
+from attnbench.store import RunWriter
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    RunWriter(Path(sys.argv[1]), header(), DEVICE)
+except AttnbenchError as error:
+    print(error.message, error.hint, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(("room", "file"), [(0, "run.json"), (300, "results.csv")])
+def test_a_run_that_cannot_begin_leaves_nothing(room: int, file: str, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("new/er", "there"):
+        answer = python(NO_ROOM, tmp_path / name, room, env=TESTS)
+        assert answer.out.splitlines() == [
+            f"cannot write {tmp_path / name / file}: File too large",
+            "nothing was run; name another folder with --out",
+        ], answer.err
+    assert [p.name for p in tmp_path.iterdir()] == ["there"], "what was there already stays"
+
+
+def test_a_fresh_run_takes_no_folder_that_is_there(tmp_path: Path) -> None:
+    RunWriter(tmp_path / "a", header(), DEVICE, fresh=True)
+    (tmp_path / "empty").mkdir()
+    for name in ("a", "empty"):
+        with pytest.raises(FileExistsError):
+            RunWriter(tmp_path / name, header(), DEVICE, fresh=True)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(AttnbenchError, match=r"^cannot make .*link/run: File exists$"):
+        RunWriter(tmp_path / "link" / "run", header(), DEVICE, fresh=True)
+
+
+def test_an_interrupt_while_results_are_written_waits_until_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = start(tmp_path / "run")
+    fsync = os.fsync
+
+    def interrupted(descriptor: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.add([case(1)])
+    assert writer.results == store.load(writer.path).results == (case(1),)
+    assert (writer.path / "results.csv").read_text(encoding="utf-8") == csv_text([row(case(1), DEVICE)])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

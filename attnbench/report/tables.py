@@ -112,6 +112,10 @@ class Tables:
             )
 
     def _choose_baseline(self, asked: str | None) -> str | None:
+        """The baseline asked for, or else the run's own, or else the device's; one with a time where there is one."""
+        own = self.record.header.get("baseline")  # of any type, and of no result yet where the run was interrupted
+        if asked is None and own in (BEST, *self._kernels):
+            return str(own)
         if asked is not None:
             if asked != BEST and asked not in self._kernels:
                 raise AttnbenchError(
@@ -122,7 +126,11 @@ class Tables:
             return None
         preferred = (DEFAULT_BASELINES[self.record.device.kind], *FALLBACK_BASELINES)
         others = [kernel for kernel in self._kernels if kernel != FIRST_CONTENDER]
-        return next((name for name in preferred if name in self._kernels), others[0])
+        candidates: list[str] = [*(name for name in preferred if name in self._kernels), *others]
+        timed = {row["kernel"] for row in self.record.rows if row["time_us"] is not None}
+        if len(timed) == 1:  # it is the contender, and nothing that it could be compared with has a time
+            return next((name for name in candidates if name not in timed), candidates[0])
+        return next((name for name in candidates if name in timed), candidates[0])
 
     def _compare(self) -> tuple[Comparison, ...]:
         contenders = [k for k in self._kernels if k != self.baseline] or list(self._kernels)
@@ -252,7 +260,7 @@ def check_table(results: Sequence[Result], style: str) -> str:
 
 def json_text(rows: Sequence[Row]) -> str:
     """The rows as a JSON array of objects with results.csv's columns; null where there is no value."""
-    return json.dumps(list(rows), indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(list(rows), indent=2, allow_nan=False)
 
 
 def _method(row: Row) -> str:

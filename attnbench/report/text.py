@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Sequence
 
 from tabulate import tabulate, tabulate_formats
 
-from attnbench.rows import printable
+from attnbench.text import no_formula, one_line
 
 CSV = "csv"
 FORMATS: tuple[str, ...] = (*tabulate_formats, CSV)
@@ -17,7 +18,7 @@ _LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
     ord("~"): r"\textasciitilde{}",
     ord("^"): r"\textasciicircum{}",
 }
-_MARKDOWN = {ord(c): f"\\{c}" for c in "\\|[]*`"} | {ord("<"): "&lt;", ord(">"): "&gt;"}
+_MARKDOWN = {ord(c): f"\\{c}" for c in "\\|[]*`~"} | {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
 _JIRA = {ord(c): f"\\{c}" for c in "\\{}[]|!"}
 _MEDIAWIKI = {ord(c): f"&#{ord(c)};" for c in "{}[]|'~"}
 _ESCAPED_BY_TABULATE = frozenset({"html", "latex", "latex_booktabs", "latex_longtable"})
@@ -26,7 +27,7 @@ _MARKUP_WITH_BARS = frozenset({"asciidoc", "moinmoin", "orgtbl", "textile", "you
 
 def escape(text: str, style: str) -> str:
     """One line of `text` that `style`, a tabulate format, shows as it is: no control codes, no markup of its own."""
-    line = " ".join(printable(text).split())
+    line = one_line(text)
     if style in ("github", "pipe"):
         return line.translate(_MARKDOWN)
     if style in ("html", "unsafehtml"):
@@ -37,8 +38,26 @@ def escape(text: str, style: str) -> str:
         return line.translate(_JIRA)
     if style == "mediawiki":
         return html.escape(line, quote=False).translate(_MEDIAWIKI)
+    if style == "rst":
+        # A cell is a body of its own, where a list or a directive may begin.
+        return _unlisted(re.sub(r"[\\*`|]|_(?!\w)", r"\\\g<0>", line))
+    if style == "tsv":
+        return no_formula(line)
     # No escape serves all these dialects; the broken bar looks like the bar that would end the cell.
     return line.replace("|", "¦") if style in _MARKUP_WITH_BARS else line
+
+
+def _unlisted(line: str) -> str:
+    """`line`, in a dialect of backslashes, so that it begins no list, heading or directive."""
+    line = re.sub(r"\A(\w+)(?=[.)](?:\s|\Z))", r"\1\\", line)
+    return f"\\{line}" if re.match(r"[!-/:-@[^-`{-~]", line) and not line.startswith("&") else line
+
+
+def code(text: str) -> str:
+    """One line of `text` as a code span of Markdown, in which nothing is markup."""
+    line = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if fence == "`" else f"{fence} {line} {fence}"
 
 
 def heading(text: str, style: str) -> str:
@@ -53,13 +72,15 @@ def paragraph(text: str, style: str) -> str:
     if style in ("html", "unsafehtml"):
         return f"<p>{escape(text, style)}</p>"
     line = escape(text, style)
+    if style in ("github", "pipe"):
+        return _unlisted(line)
     return f"% {line}" if style.startswith("latex") else line
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], style: str, left: Sequence[str] = ()) -> str:
     """A table of ready-made text in a tabulate format; columns not named in `left` are right-aligned."""
     if style in _ESCAPED_BY_TABULATE:
-        clean: Callable[[str], str] = lambda text: " ".join(printable(text).split())  # noqa: E731
+        clean: Callable[[str], str] = one_line
     else:
         clean = lambda text: escape(text, style)  # noqa: E731
     return str(
