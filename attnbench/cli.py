@@ -28,6 +28,8 @@ cache_app = typer.Typer(rich_markup_mode=None, help="Show or clear the compiled 
 app.add_typer(cache_app, name="cache")
 
 DEFAULT_FORMAT = "github"
+BUSY_SHARE = 0.1
+"""With one of two cores taken, OpenMP's barriers made a 40 µs call take 8 ms."""
 
 Text = Annotated[str | None, typer.Option(metavar="LIST")]
 Device = Annotated[str, typer.Option(help="auto (npu, else cuda, else cpu), cpu, cuda or npu.", metavar="NAME")]
@@ -220,8 +222,8 @@ def run(
             metavar="NAME",
         ),
     ] = None,
-    warmup: Annotated[int | None, typer.Option(help="Untimed calls first, under fixed. [default: 50]")] = None,
-    iters: Annotated[int | None, typer.Option(help="Timed calls, under fixed. [default: 200]")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Untimed calls first; asks for fixed. [default: 50]")] = None,
+    iters: Annotated[int | None, typer.Option(help="Timed calls; asks for fixed. [default: 200]")] = None,
     cache: Annotated[str, typer.Option(help="hot, or cold: flushed before every call.", metavar="STATE")] = "hot",
     timeout: Timeout = 120.0,
     budget: Annotated[
@@ -255,6 +257,10 @@ def run(
         _tell_plan(the_plan, f"protocol {how.name}, {how.cache} cache")
         from attnbench import environment, store
         from attnbench.report.tables import Tables, json_text
+
+        busy = environment.busy_share()
+        if busy is not None and busy > BUSY_SHARE:
+            _say(f"note: other programs keep the processor {busy:.0%} busy: times will be wrong; close them")
 
         with _Progress(verbose) as observer:
             outcome = api.execute(

@@ -54,6 +54,7 @@ class RunWriter:
         new and is not.
         """
         self.path = path
+        self._header = header
         self._device = device
         self._results: list[Result] = []
         made = _make(path, fresh)
@@ -94,7 +95,8 @@ class RunWriter:
         self._write_csv()
 
     def _write_csv(self) -> None:
-        write_atomically(self.path / CSV_FILE, csv_text(row(result, self._device) for result in self._results))
+        ordered = in_plan_order(self._results, self._header)
+        write_atomically(self.path / CSV_FILE, csv_text(row(result, self._device) for result in ordered))
 
     def finish(self, report: str) -> None:
         """Write report.md."""
@@ -221,28 +223,42 @@ def _load_run(path: Path) -> Record:
         device = DeviceInfo.from_json(header["device"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AttnbenchError(f"{path / RUN_FILE} cannot be read: {_words(error)}") from error
-    results, rows, warnings = _parse_record(path / RECORD_FILE, device)
-    return Record(path, rows, device, results, header, warnings)
+    rows, recorded, warnings = _parse_record(path / RECORD_FILE, device)
+    results = in_plan_order(recorded, header)
+    return Record(path, tuple(rows[r.key] for r in results), device, tuple(results), header, warnings)
 
 
-def _parse_record(path: Path, device: DeviceInfo) -> tuple[tuple[Result, ...], tuple[Row, ...], tuple[str, ...]]:
+def _parse_record(path: Path, device: DeviceInfo) -> tuple[dict[tuple[str, str], Row], list[Result], tuple[str, ...]]:
     whole, _, cut = _read(path).rpartition(b"\n")  # before decoding: the cut may go through a character
     warnings = (f"{path}: the last line is cut and was dropped",) if cut else ()
     lines = _decode(path, whole).split("\n") if whole else []
     results: dict[tuple[str, str], Result] = {}
-    rows: list[Row] = []
+    rows: dict[tuple[str, str], Row] = {}
     for number, line in enumerate(lines, 1):
         try:
             result = Result.from_json(json.loads(line))
-            rows.append(row(result, device))
+            shown = row(result, device)
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise AttnbenchError(f"{path}, line {number} is no result: {_words(error)}") from error
         if result.key in results:
             raise AttnbenchError(f"{path}, line {number}: {' on '.join(result.key)} is there twice")
-        results[result.key] = result
+        results[result.key], rows[result.key] = result, shown
     if not results:
         raise AttnbenchError(f"{path} holds no results", "the run ended before its first case did")
-    return tuple(results.values()), tuple(rows), warnings
+    return rows, list(results.values()), warnings
+
+
+def in_plan_order(results: Iterable[Result], header: Mapping[str, Any]) -> list[Result]:
+    """Results as the run meant to take them, by problem and then by backend: the record has them as they ended."""
+    try:
+        cases = {case: index for index, case in enumerate(header["suite"]["cases"])}
+        backends = {name: index for index, name in enumerate(header["backends"])}
+    except (KeyError, TypeError):
+        return list(results)
+    return sorted(
+        results,
+        key=lambda r: (cases.get(r.problem.case_id, len(cases)), backends.get(r.backend, len(backends))),
+    )
 
 
 def _words(error: Exception) -> str:

@@ -137,5 +137,5 @@ def test_the_report_page_shows_names_and_command_as_they_are() -> None:
         "seed": 0,
     }
     page = api._report_page(header, "tables").split("\n\n")
-    assert page[0] == r"# attnbench: smoke on &lt;b&gt;x&lt;/b&gt; \[y\](z) # h"
+    assert page[0] == r"# attnbench: smoke on &lt;b&gt;x&lt;/b&gt; [y\](z) # h"
     assert page[1] == "`` attnbench run --out `r` # x ``, now, protocol fixed, hot cache, seed 0"

@@ -459,3 +459,14 @@ def test_an_interrupt_while_results_are_written_waits_until_they_are(
     assert writer.results == store.load(writer.path).results == (case(1),)
     assert (writer.path / "results.csv").read_text(encoding="utf-8") == csv_text([row(case(1), DEVICE)])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_rows_stand_in_the_plans_order_however_the_cases_ended(tmp_path: Path) -> None:
+    first, second = passed(problem={"seqlen_q": 64}), passed(problem={"seqlen_q": 128})
+    cases = [first.problem.case_id, second.problem.case_id]
+    writer = RunWriter(tmp_path / "run", header() | {"suite": {"cases": cases}, "backends": ["jit_flash"]}, DEVICE)
+    writer.add([second])
+    writer.add([first])
+    assert [values["sq"] for values in store.load(tmp_path / "run").rows] == [64, 128]
+    lines = (tmp_path / "run" / "results.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[0] for line in lines] == ["64", "128"]

@@ -18,7 +18,7 @@ _LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
     ord("~"): r"\textasciitilde{}",
     ord("^"): r"\textasciicircum{}",
 }
-_MARKDOWN = {ord(c): f"\\{c}" for c in "\\|[]*`~"} | {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
+_MARKDOWN = {ord(c): f"\\{c}" for c in "\\|*`~"} | {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
 _JIRA = {ord(c): f"\\{c}" for c in "\\{}[]|!"}
 _MEDIAWIKI = {ord(c): f"&#{ord(c)};" for c in "{}[]|'~"}
 _ESCAPED_BY_TABULATE = frozenset({"html", "latex", "latex_booktabs", "latex_longtable"})
@@ -29,7 +29,8 @@ def escape(text: str, style: str) -> str:
     """One line of `text` that `style`, a tabulate format, shows as it is: no control codes, no markup of its own."""
     line = one_line(text)
     if style in ("github", "pipe"):
-        return line.translate(_MARKDOWN)
+        # A bracket makes a link only before another; a lone one, as in a pip command, stays as it is to be copied.
+        return re.sub(r"\](?=[(\[:])", r"\\]", line.translate(_MARKDOWN))
     if style in ("html", "unsafehtml"):
         return html.escape(line)
     if style.startswith("latex"):
