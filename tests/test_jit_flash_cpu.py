@@ -116,7 +116,7 @@ def test_causal(lengths, dtype):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [1, 2, 17, 64, 130, 2**62])
+@pytest.mark.parametrize("window", [1, 2, 17, 64, 130, 2**40])
 @pytest.mark.parametrize("lengths", [(300, 300), (65, 400), (400, 65)])
 def test_window(lengths, window, causal):
     check(problem(*lengths, window=window, causal=causal))
