@@ -26,6 +26,13 @@ CATALOGUE = Catalogue(
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch):
+    """None of the settings that a fingerprint records, not even those that the other tests need."""
+    for name in ENVIRONMENT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_the_fingerprint_is_an_allow_list():
     assert set(fingerprint(CATALOGUE)) == {
         "python",
