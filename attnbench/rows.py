@@ -32,7 +32,7 @@ COLUMNS = (
     *("tflops_gemm", "gbps", "pct_peak", "used_cores", "normalized_tflops", "max_abs_err", "err_budget"),
     *("clock_mhz", "case_id", "schema_version"),
 )
-"""The columns of results.csv, in order; see DESIGN of the format in README."""
+"""The columns of results.csv, in order: readers outside this project count on it. Units stand in the names."""
 
 Row = dict[str, Any]
 """One row of results.csv by column: str, int, float, bool, or None where there is no value."""

@@ -698,3 +698,24 @@ def test_a_run_without_room_for_any_file_leaves_no_folder(folder: Path) -> None:
     assert answer.problem == "error: cannot write r/run.json: File too large"
     assert "hint: nothing was run; name another folder with --out" in answer.err
     assert files(folder) == []
+
+
+def test_without_a_compiler_on_path_jit_flash_is_unavailable_and_says_what_helps(cli, folder, monkeypatch):
+    monkeypatch.setenv("PATH", str(folder))
+    answer = cli("run", "--backends", "jit_flash,gemm_ref", *TINY, "--no-isolate", "--out", "run")
+    assert answer.code == 0
+    rows = {row["kernel"]: row for row in cells(folder / "run" / "results.csv")}
+    assert rows["gemm_ref"]["status"] == "PASSED"
+    assert rows["jit_flash"]["status"] == "UNAVAILABLE"
+    assert rows["jit_flash"]["reason"].startswith("no C++ compiler on PATH: install g++")
+
+
+def test_the_shell_completion_that_is_offered_completes_commands(tmp_path):
+    shown = subprocess.run(
+        [sys.executable, "-c", "from attnbench.cli import main; main()"],
+        env=os.environ | {"_ATTNBENCH_COMPLETE": "complete_bash", "COMP_WORDS": "attnbench re", "COMP_CWORD": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.stdout.split() == ["report"]
