@@ -58,3 +58,14 @@ def cli(folder: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer
         return Answer(code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors on several threads wait for each other, for long on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
