@@ -94,6 +94,39 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What the machine was like while a case was timed. None where it cannot be read."""
+
+    rounds: int
+    """Rounds that were kept."""
+    rounds_dropped: int = 0
+    """Rounds thrown away, for all backends of the problem, because something disturbed them."""
+    rounds_disturbed: int = 0
+    """Rounds kept although something disturbed them, since too many had been dropped already."""
+    causes: tuple[str, ...] = ()
+    """What disturbed them, in words: other programs, steal, throttling."""
+    load: float | None = None
+    """Median share of the processors that other programs used during a round."""
+    steal: float | None = None
+    """Median share of the processors' time that a hypervisor gave to others."""
+    temperature_c: float | None = None
+    """Highest reading of the device."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "rounds_dropped", "rounds_disturbed"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, not {value!r}")
+        for name in ("load", "steal", "temperature_c"):
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise ValueError(f"{name} must be a number, not {value!r}")
+        object.__setattr__(self, "causes", tuple(self.causes))
+        if not all(isinstance(cause, str) for cause in self.causes):
+            raise ValueError("causes must be text")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """Raw times of one case in µs a call, grouped in blocks, and how they were taken."""
 
@@ -108,6 +141,8 @@ class Measurement:
     """CPU time until an eager call returns, the device's queue not full."""
     clock_mhz: float | None = None
     """Median of the readings taken around the rounds; None where the device tells none."""
+    conditions: Conditions | None = None
+    """None for a run of a version that did not record them."""
 
     def __post_init__(self) -> None:
         if not self.blocks or not all(self.blocks):
@@ -208,6 +243,8 @@ class Result:
             timing = dict(fields["measurement"])
             _require_types(timing, statistic=str, timing_method=str, cache=str)
             timing["blocks"] = tuple(tuple(block) for block in timing["blocks"])
+            if timing.get("conditions") is not None:
+                timing["conditions"] = Conditions(**timing["conditions"])
             fields["measurement"] = Measurement(**timing)
         return cls(**fields)
 

@@ -17,6 +17,16 @@ AUTO_ORDER: tuple[DeviceKind, ...] = ("npu", "cuda", "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a device tells of itself at one moment; None where it does not."""
+
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+    throttled: tuple[str, ...] = ()
+    """Why the device runs slower than it could, in words: power cap, heat."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceInfo:
     """Plain facts about one device, as they stand in run.json and beside every number."""
 
@@ -26,6 +36,10 @@ class DeviceInfo:
     """What `normalized_tflops` projects to: AI cores, SMs, or the threads in use on a CPU."""
     peak_tflops: Mapping[str, float] = field(default_factory=dict)
     """Peak rate of the matrix unit by dtype, where it is known."""
+    peak_source: str = ""
+    """Where the peaks come from: `table` or `measured`; empty where there are none."""
+    bandwidths: tuple[tuple[int, float], ...] = ()
+    """(bytes, GB/s), by rising bytes: no more than that can be read, over and over, of that many bytes in all."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DeviceInfo:
