@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnbench import environment, plan, registry, runner, store
-from attnbench.errors import AttnbenchError, ExitCode
+from attnbench import environment, ledger, plan, registry, roofline, runner, store
+from attnbench.blocks import How, Progress
+from attnbench.devices import DeviceInfo, peaks
+from attnbench.errors import AttnbenchError, ExitCode, in_a_line
 from attnbench.isolation import IsolatedWorker
+from attnbench.ledger import Ledger
 from attnbench.plan import Plan, Selection
-from attnbench.problem import Problem
+from attnbench.problem import Problem, Suite
 from attnbench.protocol import Protocol, make_protocol
 from attnbench.registry import BackendInfo, Catalogue
 from attnbench.result import HARMLESS, Result, Status
 from attnbench.rows import SCHEMA_VERSION
-from attnbench.runner import DEFAULT_TIMEOUT_S, AnyWorker, Observer
+from attnbench.runner import DEFAULT_TIMEOUT_S, Observer
+from attnbench.seal import Seal
 from attnbench.store import RunWriter
+from attnbench.turn import AnyWorker
+from attnbench.watch import MachineWatch
 from attnbench.worker import Worker
 
 if TYPE_CHECKING:
@@ -36,7 +43,9 @@ class Outcome:
 
     path: Path
     results: tuple[Result, ...]
+    """Unfinished ones of an interrupted run too, which have fewer blocks."""
     interrupted: bool
+    books: Ledger
 
     @property
     def exit_code(self) -> ExitCode:
@@ -50,49 +59,161 @@ def exit_code(results: Sequence[Result]) -> ExitCode:
     return ExitCode.OK if any(r.status is Status.PASSED for r in results) else ExitCode.NOTHING_PASSED
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a run is made, beside what it is made of."""
+
+    protocol: Protocol
+    seed: int = 0
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    isolate: bool = True
+
+
 def execute(
     the_plan: Plan,
-    protocol: Protocol,
+    how: Settings,
     catalogue: Catalogue,
     observer: Observer,
     *,
     command: Sequence[str],
     out: Path | None = None,
-    seed: int = 0,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
-    isolate: bool = True,
+    resume: Path | None = None,
+    books: Ledger | None = None,
 ) -> Outcome:
-    """Run a plan into a new run directory. An interrupt ends it early, with what was finished.
+    """Run a plan into a new run directory, or what is missing of it in the run `resume`.
 
-    Raises AttnbenchError where the timeout is none, or the directory cannot be written; what was finished stays in it.
+    An interrupt ends it early, with what was finished. Raises AttnbenchError where the timeout is none, the directory
+    cannot be written, or the run to go on with was made differently; what was finished stays in it.
     """
-    require_timeout(timeout_s)
+    require_timeout(how.timeout_s)
+    books = books or Ledger()
+    with books.spend(ledger.START):
+        info = peaks.with_peaks(the_plan.info, the_plan.device)
     header = {
         "schema_version": SCHEMA_VERSION,
         "command": list(command),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": dataclasses.asdict(the_plan.info),
-        "suite": {"name": the_plan.suite.name, "cases": [problem.case_id for problem in the_plan.suite]},
+        "device": dataclasses.asdict(info),
+        "suite": {
+            "name": the_plan.suite.name,
+            "cases": [problem.case_id for problem in the_plan.suite],
+            "problems": [problem.to_json() for problem in the_plan.suite],
+        },
         "backends": [entry.name for entry in the_plan.entries],
         "baseline": the_plan.baseline,
-        "protocol": dataclasses.asdict(protocol),
-        "seed": seed,
-        "timeout_s": timeout_s,
+        "protocol": dataclasses.asdict(how.protocol),
+        "seed": how.seed,
+        "timeout_s": how.timeout_s,
         "environment": environment.fingerprint(catalogue),
     }
-    writer = RunWriter(out, header, the_plan.info) if out else _new_run(the_plan, header)
+    before: dict[str, Progress] = {}
+    if resume is not None:
+        writer, before = RunWriter.reopen(resume)
+        if differences := _differences(writer.header, header):
+            writer.close()
+            raise AttnbenchError(f"{resume} was made differently: {'; '.join(differences)}", "start a new run")
+    else:
+        writer = RunWriter(out, header, info) if out else _new_run(the_plan, header, info)
+    run = runner.Run(
+        the_plan,
+        how.protocol,
+        writer,
+        observer,
+        start=_starter(the_plan, how),
+        watch=MachineWatch(the_plan.device),
+        seed=how.seed,
+        baseline=the_plan.timed_baseline,
+        implausible=_Roofline(the_plan, info),
+        before=before,
+        books=books,
+    )
     interrupted = False
     try:
-        runner.run(
-            the_plan, protocol, writer.add, observer, seed=seed, start=_starter(the_plan, timeout_s, isolate=isolate)
-        )
+        run.run()
     except KeyboardInterrupt:
         interrupted = True
-    if writer.results:
+    finally:
+        writer.close()
+    results: tuple[Result, ...] = ()
+    if writer.has_something:
         from attnbench.report.tables import Tables
 
-        writer.finish(_report_page(header, Tables(store.load(writer.path)).render()))
-    return Outcome(writer.path, writer.results, interrupted)
+        record = store.load(writer.path)
+        results = record.results
+        writer.finish(_report_page(header, Tables(record).render()), record.rows, whole=not interrupted)
+    return Outcome(writer.path, results, interrupted, books)
+
+
+class _Roofline:
+    """Says why a result cannot be, after a second look at a peak that was measured."""
+
+    def __init__(self, the_plan: Plan, info: DeviceInfo) -> None:
+        self._device = the_plan.device
+        self._info = info
+
+    def __call__(self, result: Result) -> str:
+        timing = result.measurement
+        if timing is None:
+            return ""
+        fault = roofline.fault(result.problem, self._info, timing.cache, timing.time_us)
+        if fault and self._info.peak_source == "measured":
+            self._info = peaks.with_peaks(self._info, self._device, refresh=True)
+            fault = roofline.fault(result.problem, self._info, timing.cache, timing.time_us)
+        return fault
+
+
+_COMPARED = ("suite.cases", "backends", "baseline", "protocol", "seed", "environment", "device.kind", "device.name")
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of two runs' headers must be the same and is not, in words."""
+    found = []
+    flat_before, flat_now = _flat(before), _flat(json.loads(json.dumps(now)))
+    for name in sorted(flat_before.keys() | flat_now.keys()):
+        if any(name == root or name.startswith(f"{root}.") for root in _COMPARED):
+            old, new = flat_before.get(name), flat_now.get(name)
+            if old != new:
+                found.append(f"{name} was {old} and is {new}" if not isinstance(new or old, list) else f"{name} differ")
+    return found
+
+
+def _flat(data: Mapping[str, Any], root: str = "") -> dict[str, Any]:
+    """A nested table by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{root}{name}.")
+        else:
+            flat[f"{root}{name}"] = value
+    return flat
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a run that ended early was asked for."""
+
+    selection: Selection
+    suite: Suite
+    protocol: Protocol
+    seed: int
+    timeout_s: float
+
+    @classmethod
+    def of(cls, path: Path) -> Earlier:
+        """Raises AttnbenchError where there is no such run, or one of a version that did not record it."""
+        header = store.read_header(path)
+        try:
+            return cls(
+                Selection(
+                    backends=",".join(header["backends"]), device=header["device"]["kind"], baseline=header["baseline"]
+                ),
+                Suite(header["suite"]["name"], tuple(map(Problem.from_json, header["suite"]["problems"]))),
+                Protocol(**header["protocol"]),
+                int(header["seed"]),
+                float(header["timeout_s"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise AttnbenchError(f"{path} cannot be gone on with: {in_a_line(error)}", "start a new run") from error
 
 
 def require_timeout(seconds: float) -> None:
@@ -101,11 +222,12 @@ def require_timeout(seconds: float) -> None:
         raise AttnbenchError(f"--timeout must be a number of seconds above 0, not {seconds:g}")
 
 
-def _starter(the_plan: Plan, timeout_s: float, *, isolate: bool) -> Callable[[BackendInfo], AnyWorker]:
+def _starter(the_plan: Plan, how: Settings) -> Callable[[BackendInfo], AnyWorker]:
     """What starts a backend's worker: in a process of its own or, for a debugger, in this one."""
-    if isolate:
-        return lambda info: IsolatedWorker(info, timeout_s)
-    return lambda info: Worker(registry.load(info), the_plan.device, timeout_s)
+    if how.isolate:
+        return lambda info: IsolatedWorker(info, how.timeout_s)
+    seal = Seal(the_plan.device.timing_functions())
+    return lambda info: Worker(registry.load(info), the_plan.device, how.timeout_s, seal)
 
 
 def check(
@@ -118,19 +240,32 @@ def check(
 ) -> list[Result]:
     """Check correctness alone, on every distribution of inputs; writes nothing."""
     require_timeout(timeout_s)
-    results: list[Result] = []
-    start = _starter(the_plan, timeout_s, isolate=isolate)
-    runner.run(the_plan, None, results.extend, observer, seed=seed, start=start)
-    return results
+    how = Settings(protocol=Protocol(), timeout_s=timeout_s, isolate=isolate)
+    kept = _Kept()
+    watch = MachineWatch(the_plan.device)
+    runner.Run(the_plan, None, kept, observer, start=_starter(the_plan, how), watch=watch, seed=seed).run()
+    return kept.results
 
 
-def _new_run(the_plan: Plan, header: dict[str, Any]) -> RunWriter:
+class _Kept:
+    """A recorder that keeps results in memory."""
+
+    def __init__(self) -> None:
+        self.results: list[Result] = []
+
+    def add(self, results: Sequence[Result]) -> None:
+        self.results += results
+
+    def add_block(self, progress: Progress, how: How) -> None: ...
+
+
+def _new_run(the_plan: Plan, header: dict[str, Any], info: DeviceInfo) -> RunWriter:
     """A run below reports/ under the first name that nobody has, also not another run that starts right now."""
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{the_plan.device.kind}-{the_plan.suite.name}"
     name, names = stem, (f"{stem}-{number}" for number in itertools.count(2))
     while True:
         try:
-            return RunWriter(REPORTS / name, header, the_plan.info, fresh=True)
+            return RunWriter(REPORTS / name, header, info, fresh=True)
         except FileExistsError:
             name = next(names)
 
@@ -150,7 +285,7 @@ def _report_page(header: dict[str, Any], tables: str) -> str:
 class _Silent:
     """An observer that tells nobody."""
 
-    def started(self, problem: Problem, index: int, total: int) -> None: ...
+    def started(self, problem: Problem, index: int, total: int, block: int) -> None: ...
 
     def ended(self, results: Sequence[Result]) -> None: ...
 
@@ -205,14 +340,16 @@ def run(
     chosen = plan.make(selection, catalogue)
     outcome = execute(
         chosen,
-        make_protocol(protocol, warmup, iters, cache, budget_s),
+        Settings(
+            protocol=make_protocol(protocol, warmup, iters, cache, budget_s),
+            seed=seed,
+            timeout_s=timeout_s,
+            isolate=isolate,
+        ),
         catalogue,
         _Silent(),
         command=["attnbench.run"],  # what else this process was started with is nobody's business
         out=Path(out) if out else None,
-        seed=seed,
-        timeout_s=timeout_s,
-        isolate=isolate,
     )
     if outcome.interrupted:
         raise KeyboardInterrupt

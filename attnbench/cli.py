@@ -18,7 +18,7 @@ from attnbench.text import one_line, printable
 
 if TYPE_CHECKING:
     from attnbench.plan import Plan, Selection
-    from attnbench.problem import Problem
+    from attnbench.problem import Problem, Suite
     from attnbench.registry import Catalogue
     from attnbench.result import Result
 
@@ -28,6 +28,8 @@ cache_app = typer.Typer(rich_markup_mode=None, help="Show or clear the compiled 
 app.add_typer(cache_app, name="cache")
 
 DEFAULT_FORMAT = "github"
+NO_PATH = "\0"
+"""What no path can be."""
 BUSY_SHARE = 0.1
 """With one of two cores taken, OpenMP's barriers made a 40 µs call take 8 ms."""
 
@@ -232,6 +234,13 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="The run directory, new or empty. [default: reports/<time>-<device>-<suite>]")
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with this run, or with --out: only what is missing. Options not given are its own.",
+            metavar="RUN",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and exit.")] = False,
     seed: Seed = 0,
     no_plugin: NoPlugin = None,
@@ -245,12 +254,23 @@ def run(
     pto's lengths. --dtype and --causal go with both.
     """
     with _data() as stream:
-        from attnbench import api
-        from attnbench.protocol import make_protocol
+        from attnbench import api, ledger
+        from attnbench.ledger import Ledger
+        from attnbench.protocol import Protocol, make_protocol
 
         api.require_timeout(timeout)
+        books = Ledger()
         how = make_protocol(protocol, warmup, iters, cache, budget)
-        catalogue, the_plan = _plan(_selection(locals()), no_plugin)
+        selection, suite_before = _selection(locals()), None
+        if resume is not None:
+            resume, out = _run_to_resume(resume, out), None
+            earlier = api.Earlier.of(resume)
+            how = earlier.protocol if how == Protocol() else how
+            seed, timeout = seed or earlier.seed, earlier.timeout_s if timeout == api.DEFAULT_TIMEOUT_S else timeout
+            if selection.is_default:
+                selection, suite_before = earlier.selection, earlier.suite
+        with books.spend(ledger.START):
+            catalogue, the_plan = _plan(selection, no_plugin, suite_before)
         if dry_run:
             _print_plan(stream, the_plan, as_json)
             return
@@ -258,19 +278,25 @@ def run(
         from attnbench import environment, store
         from attnbench.report.tables import Tables, json_text
 
+        for limitation in environment.limitations():
+            _say(f"note: {limitation}")
         busy = environment.busy_share()
         if busy is not None and busy > BUSY_SHARE:
             _say(f"note: other programs keep the processor {busy:.0%} busy: times will be wrong; close them")
 
         with _Progress(verbose) as observer:
             outcome = api.execute(
-                *(the_plan, how, catalogue, observer),
+                the_plan,
+                api.Settings(protocol=how, seed=seed, timeout_s=timeout, isolate=not no_isolate),
+                catalogue,
+                observer,
                 command=environment.command(),
                 out=out,
-                seed=seed,
-                timeout_s=timeout,
-                isolate=not no_isolate,
+                resume=resume,
+                books=books,
             )
+        if verbose:
+            _say(f"{outcome.books}")
         _say(f"the run is in {outcome.path}")
         if outcome.results:
             tables = Tables(store.load(outcome.path))
@@ -279,7 +305,7 @@ def run(
             _print(stream, "[]")
         if outcome.interrupted:
             what = "what was finished is kept and shown" if outcome.results else "nothing was finished"
-            _complain(AttnbenchError(f"interrupted: {what}"))
+            _complain(AttnbenchError(f"interrupted: {what}", f"attnbench run --resume {outcome.path} goes on"))
         elif outcome.exit_code is ExitCode.NOTHING_PASSED:
             _complain(AttnbenchError("nothing passed, so there is no time to show", "the details say why"))
         _end(outcome.exit_code)
@@ -372,12 +398,23 @@ def _selection(options: dict[str, Any]) -> Selection:
     return Selection(**{name: value for name, value in options.items() if name in fields})
 
 
-def _plan(selection: Selection, no_plugin: Sequence[str] | None) -> tuple[Catalogue, Plan]:
+def _run_to_resume(resume: Path, out: Path | None) -> Path:
+    """The run that --resume names or, where it names none, --out."""
+    if str(resume) != NO_PATH:
+        if out is not None:
+            raise AttnbenchError("--out and --resume RUN exclude each other", "a run goes on where it is")
+        return resume
+    if out is None:
+        raise AttnbenchError("--resume names no run", "attnbench run --resume RUN")
+    return out
+
+
+def _plan(selection: Selection, no_plugin: Sequence[str] | None, suite: Suite | None = None) -> tuple[Catalogue, Plan]:
     from attnbench import plan
 
     catalogue = _discover(no_plugin)
     _tell_failures(catalogue)
-    return catalogue, plan.make(selection, catalogue)
+    return catalogue, plan.make(selection, catalogue, suite)
 
 
 def _tell_failures(catalogue: Catalogue) -> None:
@@ -465,9 +502,11 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def started(self, problem: Problem, index: int, total: int) -> None:
+    def started(self, problem: Problem, index: int, total: int, block: int) -> None:
         self._prefix = f"[{index + 1:>{len(str(total))}}/{total}]"
-        self._bar.update(self._task, total=total, completed=index, description=problem.case_id)
+        if block and not index and not self._console.is_terminal:
+            self._line(f"block {block + 1}: {total} problem{'s' if total > 1 else ''}")
+        self._bar.update(self._task, total=total, completed=index, description=f"block {block + 1}, {problem.case_id}")
         self._bar.refresh()
 
     def ended(self, results: Sequence[Result]) -> None:
@@ -549,9 +588,17 @@ def _end(code: ExitCode) -> None:
         raise typer.Exit(int(code))
 
 
+def _with_values(words: Sequence[str]) -> list[str]:
+    """The command line with `--resume` given a value where it has none: with --out it is a switch."""
+    found: list[str] = []
+    for word, following in zip(words, [*words[1:], "--"]):
+        found += [word, NO_PATH] if word == "--resume" and following.startswith("-") else [word]
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Turns every expected error into a line, a hint and an exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = _with_values(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(words, prog_name="attnbench", standalone_mode=False)
     except AttnbenchError as error:

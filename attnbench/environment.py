@@ -104,3 +104,7 @@ def _cpu_ticks() -> tuple[int, int] | None:
     except (OSError, ValueError, IndexError):
         return None
     return fields[3] + fields[4], sum(fields)
+
+
+def limitations():
+    return ()

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnbench import keeper
@@ -23,7 +23,7 @@ from attnbench.problem import Problem
 from attnbench.registry import BackendInfo
 from attnbench.result import Status
 from attnbench.wire import VERSION, Channel, Closed, NoAnswer, Region, WireError
-from attnbench.worker import CaseFailed
+from attnbench.worker import CaseFailed, Timed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +36,11 @@ GRACE_S = 1.0
 """The worker ends what it can interrupt by itself; after this much longer it is killed."""
 END_TIMEOUT_S = 10.0
 LAST_WORDS_S = 5.0
-LEAST_CLAIM, CLAIM_SLACK_S = 0.5, 0.2
-"""A worker's times must add up to this share of the wall time that passed here, but for the slack."""
+LEAST_CLOCK, LEAST_CLAIM = 0.8, 0.5
+"""A worker's clock must have seen this share of the wall time that passed here, and its calls that share…"""
+BETWEEN_CALLS_S, FILL_BYTES_S, CLOCK_SLACK_S = 1e-4, 2e9, 0.3
+"""…but for what lies between calls (changed inputs take 15 to 50 µs, NaN goes into outputs at 5 GB/s or more), and for
+a processor that is busy elsewhere."""
 
 # sys.path holds the current folder first, which must not stand in for an installed module.
 _PROGRAM = """
@@ -61,7 +64,8 @@ class IsolatedWorker:
         self._left_s = timeout_s
         self._region: Region | None = None
         self._paused = False
-        self._claimed_s = self._passed_s = 0.0
+        self._clock = _WallClock()
+        self._refused: CaseFailed | None = None
         self._start()
 
     def _start(self) -> None:
@@ -84,13 +88,20 @@ class IsolatedWorker:
             backend = dataclasses.asdict(self._info)
             self._channel.send({"version": VERSION, "backend": backend, "timeout_s": self._timeout_s})
 
+    def ready(self) -> None:
+        """Wait until the process has started; how that failed, if it did, the next `begin` says."""
+        with contextlib.suppress(CaseFailed):
+            self.begin()
+
     def begin(self) -> None:
         """Start a phase; a process that ended in the last one is replaced."""
+        if self._refused is not None:
+            raise self._refused
         if self._channel is None:
             self._start()
         self._left_s = self._timeout_s
-        self._claimed_s = self._passed_s = 0.0
-        self._ask("begin", lambda value: value is None)
+        self._clock = _WallClock()
+        self._ask("begin", _is_nothing)
 
     def unsupported(self, problem: Problem) -> str | None:
         reason: str | None = self._ask("unsupported", _is_reason, problem=problem.to_json())
@@ -102,9 +113,20 @@ class IsolatedWorker:
 
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
         self.release()
-        self._region = Region(problem)
+        try:
+            self._region = Region(problem)
+        except OSError as error:
+            reason = f"the memory shared with its process cannot be had: {error.strerror or error}"
+            raise CaseFailed(Status.SKIPPED, reason) from error
         self._region.put(inputs)
         self._ask("prepare", _is_nothing, self._region.descriptor, problem=problem.to_json())
+
+    def prepare_twin(self, problem: Problem, inputs: Inputs) -> None:
+        self._memory.put(inputs)
+        self._ask("prepare_twin", _is_nothing)
+
+    def release_twin(self) -> None:
+        self._ask("release_twin", _is_nothing)
 
     def renew(self, inputs: Inputs) -> None:
         self._memory.put(inputs)
@@ -114,28 +136,31 @@ class IsolatedWorker:
         self._ask("inputs", _is_nothing)
         return self._memory.inputs
 
-    def output(self) -> Tensor:
-        """Call once; the output lies in shared memory until the next call."""
-        # What the last call left there must not pass for this one's.
-        self._memory.out.fill_(math.nan)
-        if fault := self._ask("output", lambda value: isinstance(value, str)):
+    def output(self, *, twin: bool = False) -> Tensor:
+        """Call once; the output lies in shared memory until the next question."""
+        place = self._memory.outputs[0]
+        place.fill_(math.nan)  # what the last call left there must not pass for this one's
+        if fault := self._ask("output", lambda value: isinstance(value, str), twin=twin):
             raise CaseFailed(Status.INCORRECT, one_line(fault))
-        return self._memory.out
+        return place
 
-    def warm_up(self, seconds: float) -> float:
-        call_us: float = self._ask("warm_up", _is_time, seconds=seconds)
+    def warm_up(self, seconds: float, seed: int) -> float:
+        call_us: float = self._ask("warm_up", _is_time, seconds=seconds, seed=seed)
         return call_us
 
-    def time_calls(self, count: int, *, cold: bool) -> list[float]:
+    def time_calls(self, count: int, *, cold: bool, seed: int, look_at: Sequence[int]) -> Timed:
+        places = self._memory.outputs[: len(look_at)]
+        for place in places:
+            place.fill_(math.nan)
         start_s = time.monotonic()
-        times: list[float] = self._ask("time_calls", lambda value: _is_times(value, count), count=count, cold=cold)
-        if self._info.device == "cpu" and not cold:  # elsewhere, and when flushing, other things take time too
-            self._passed_s += time.monotonic() - start_s
-            self._claimed_s += sum(times) / 1e6
-            if self._claimed_s < LEAST_CLAIM * self._passed_s - CLAIM_SLACK_S:
-                claim = f"its times add up to {self._claimed_s:.3f} s of the {self._passed_s:.3f} s that passed"
-                raise CaseFailed(Status.TAMPERED, claim)
-        return times
+        how = {"cold": cold, "seed": seed, "look_at": list(look_at)}
+        answer = self._ask("time_calls", lambda value: _is_timing(value, count), count=count, **how)
+        timed = Timed(answer["times_us"], answer["elapsed_s"], [place.clone() for place in places])
+        between_s = count * (BETWEEN_CALLS_S + self._memory.outputs[0].nbytes / FILL_BYTES_S)
+        if cold or self._info.device != "cpu":  # flushing, or the device itself, takes time too
+            between_s = math.inf
+        self._clock.compare(timed, time.monotonic() - start_s, between_s)
+        return timed
 
     def host_us(self, count: int) -> list[float]:
         times: list[float] = self._ask("host_us", lambda value: _is_times(value, count), count=count)
@@ -178,7 +203,12 @@ class IsolatedWorker:
             self._paused = False
         try:
             if not self._ready:
-                self._take(self._channel, lambda value: value is None, START_TIMEOUT_S)
+                try:
+                    self._take(self._channel, _is_nothing, START_TIMEOUT_S)
+                except CaseFailed as failure:
+                    self._refused = failure
+                    self._kill()
+                    raise
                 self._ready = True
             start_s = time.monotonic()
             self._channel.send({"do": do, **arguments}, descriptor)
@@ -189,16 +219,21 @@ class IsolatedWorker:
         except NoAnswer:
             self._kill()
             limit_s, where = (self._timeout_s, do) if self._ready else (START_TIMEOUT_S, "its start")
-            raise CaseFailed(
-                Status.TIMEOUT, f"the limit of {limit_s:g} s ran out at {where}, and its process was killed"
-            ) from None
+            words = f"the limit of {limit_s:g} s ran out at {where}, and its process was killed"
+            raise self._ended(Status.TIMEOUT, words) from None
         except WireError as error:
             # Where it died by itself, its keeper is about to say how.
             how = (
                 self._kill(LAST_WORDS_S if isinstance(error, Closed) else 0.0)
                 or f"its answer to {do} cannot be read: {error}"
             )
-            raise CaseFailed(Status.CRASHED, how) from error
+            raise self._ended(Status.CRASHED, how) from error
+
+    def _ended(self, status: Status, reason: str) -> CaseFailed:
+        failure = CaseFailed(status, reason)
+        if not self._ready:  # it would fail again
+            self._refused = failure
+        return failure
 
     def _take(self, channel: Channel, fits: Callable[[Any], bool], timeout_s: float) -> Any:
         answer, _ = channel.receive(timeout_s)
@@ -234,6 +269,29 @@ class IsolatedWorker:
         return how
 
 
+class _WallClock:
+    """The time that passed here, against what a worker says of it, summed over a phase."""
+
+    def __init__(self) -> None:
+        self._passed_s = self._elapsed_s = self._timed_s = self._between_s = 0.0
+
+    def compare(self, timed: Timed, passed_s: float, between_s: float) -> None:
+        """Raise CaseFailed where the worker's clock and this one disagree, or its calls do not fill its time.
+
+        `between_s` is the most that may have passed between the calls.
+        """
+        self._passed_s += passed_s
+        self._elapsed_s += timed.elapsed_s
+        self._timed_s += sum(timed.times_us) / 1e6
+        self._between_s += between_s
+        if self._elapsed_s < LEAST_CLOCK * self._passed_s - CLOCK_SLACK_S:
+            claim = f"by its clock {self._elapsed_s:.3f} s went by while {self._passed_s:.3f} s passed"
+            raise CaseFailed(Status.TAMPERED, claim)
+        if self._timed_s < LEAST_CLAIM * self._passed_s - self._between_s - CLOCK_SLACK_S:
+            claim = f"its times add up to {self._timed_s:.3f} s of the {self._passed_s:.3f} s that passed"
+            raise CaseFailed(Status.TAMPERED, claim)
+
+
 _FAILURES = {status.value for status in Status if status is not Status.PASSED}
 
 
@@ -251,6 +309,15 @@ def _is_units(value: Any) -> bool:
 
 def _is_times(value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(map(_is_time, value))
+
+
+def _is_timing(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"times_us", "elapsed_s"}
+        and _is_times(value["times_us"], count)
+        and _is_time(value["elapsed_s"])
+    )
 
 
 def _is_time(value: Any) -> bool:

@@ -22,6 +22,7 @@ from attnbench.registry import BackendInfo, Catalogue
 from attnbench.result import Status
 
 DEFAULT_SUITE = "pto"
+DEFAULT_BASELINES: dict[DeviceKind, str] = {"npu": "npu_fused_attention", "cuda": "sdpa", "cpu": "sdpa"}
 BEST = "best"
 """The baseline that is, in each problem, the fastest of the other backends."""
 
@@ -49,6 +50,11 @@ class Selection:
         names = ("seqlen_q", "seqlen_k", "head_dim", "batch", "heads")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing was asked for."""
+        return self == Selection()
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -72,13 +78,18 @@ class Plan:
     baseline: str | None
     """As asked for: a backend's name, `best`, or None for the device's own."""
 
+    @property
+    def timed_baseline(self) -> str:
+        """The backend whose ratios say when there are blocks enough, if it is among the entries."""
+        return DEFAULT_BASELINES[self.device.kind] if self.baseline in (None, BEST) else self.baseline
 
-def make(selection: Selection, catalogue: Catalogue) -> Plan:
-    """Choose. Raises AttnbenchError with a hint for anything that is not there."""
+
+def make(selection: Selection, catalogue: Catalogue, suite: Suite | None = None) -> Plan:
+    """Choose; `suite` stands for the selection's. Raises AttnbenchError with a hint for anything that is not there."""
     device = devices.choose(selection.device)
     reason = device.unavailable()
     info = device.info() if reason is None else DeviceInfo(kind=device.kind, name=device.kind, cores=None)
-    suite = choose_suite(selection, catalogue)
+    suite = suite or choose_suite(selection, catalogue)
     problems = dict.fromkeys(problem.resolve(device.kind) for problem in suite)
     entries = _entries(selection, catalogue, device.kind, reason)
     baseline = selection.baseline

@@ -1,7 +1,8 @@
-"""Owns how backends are timed side by side: warm-up, rounds, when to stop. Knows only lanes."""
+"""Owns how backends are timed side by side: rounds, what disturbs one, when there are blocks enough. Knows only lanes."""
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -11,8 +12,9 @@ from typing import Literal, TypeVar, cast, get_args
 from typing import Protocol as TypingProtocol
 
 from attnbench import stats
+from attnbench.blocks import Block, Lap, Seen
 from attnbench.errors import AttnbenchError
-from attnbench.result import CACHE_STATES, CacheState, Measurement, Statistic
+from attnbench.result import CACHE_STATES, CacheState, Statistic
 
 Failure = TypeVar("Failure", bound=Exception)
 
@@ -23,19 +25,23 @@ DEFAULT_WARMUP = 50
 DEFAULT_ITERS = 200
 DEFAULT_BUDGET_S = 10.0
 
-FIXED_ROUNDS = 10
-"""The timed iterations of `fixed` are dealt out over this many interleaved rounds."""
+ROUNDS = 3
+"""Interleaved rounds of a block."""
 WARM_UP_S = 0.02
-"""A lane warms up for this long before each of its blocks, and under `adaptive` also before its first."""
-BLOCK_S = 0.05
-"""`adaptive` times a backend for at least this long in a round…"""
-MIN_CALLS = 3
-MAX_CALLS = 1000
-"""…with no fewer and no more calls than these."""
+"""A lane warms up for this long before each of its rounds: the others ran since."""
+ROUND_S = 0.1
+"""`adaptive` times a backend for this long in a round…"""
+MIN_CALLS = 2
+MAX_CALLS = 5000
+"""…with no fewer and no more calls than these: calls of 10 µs still make 50 ms."""
+MAX_DROPS = 3
+"""Rounds of a block that may be thrown away; where the machine is always disturbed, further ones are kept and counted."""
 LOOKS = (5, 8, 12, 18)
 """`adaptive` looks at the intervals after this many blocks, and ends with the last."""
+FIXED_BLOCKS, FIXED_CALLS = 5, 20
+"""`fixed` deals its timed iterations out over so many blocks of at least so many."""
 TARGET_HALF_WIDTH = 0.02
-"""Relative half-width of every interval at which `adaptive` stops."""
+"""Half-width of the interval of every ratio, relative, at which `adaptive` stops."""
 HOST_CALLS = 5
 
 
@@ -59,20 +65,32 @@ class Lane(TypingProtocol):
         ...
 
 
+class Watch(TypingProtocol):
+    """Who sees what the machine is like."""
+
+    def start(self) -> None:
+        """A round begins."""
+        ...
+
+    def stop(self) -> Seen:
+        """It is over; what was seen of it."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """How to time; the same for every backend of a run. Raises AttnbenchError where a count is out of range."""
 
     name: ProtocolName = "adaptive"
     warmup: int = DEFAULT_WARMUP
-    """Untimed calls before `fixed` times any."""
+    """Untimed calls before each block of `fixed`."""
     iters: int = DEFAULT_ITERS
     """Calls that `fixed` times."""
     cache: CacheState = "hot"
     budget_s: float = DEFAULT_BUDGET_S
-    """Seconds of rounds, all backends together, after which `adaptive` starts no other round of a problem.
+    """Seconds of rounds, all backends together, after which `adaptive` starts no other block of a problem.
 
-    It takes its first LOOKS[0] blocks whatever they cost.
+    It takes its first LOOKS[0] blocks whatever they cost, with fewer rounds where they would cost more than this.
     """
 
     def __post_init__(self) -> None:
@@ -86,6 +104,48 @@ class Protocol:
     @property
     def statistic(self) -> Statistic:
         return "mean" if self.name == "fixed" else "median"
+
+    @property
+    def fixed_counts(self) -> list[int]:
+        """Timed iterations of each block of `fixed`."""
+        return _deal(self.iters, min(max(self.iters // FIXED_CALLS, 1), FIXED_BLOCKS))
+
+    @property
+    def most_blocks(self) -> int:
+        return len(self.fixed_counts) if self.name == "fixed" else LOOKS[-1]
+
+    def enough(self, blocks: Sequence[Block], baseline: str | None) -> bool:
+        """Whether a problem needs no further block: by its count, its budget, or the width of its intervals.
+
+        Ratios are to `baseline`, or to the first backend where it is not there. Significance never stops.
+        """
+        count = len(blocks)
+        if count >= self.most_blocks:
+            return True
+        if self.name == "fixed" or count < LOOKS[0]:
+            return False
+        if sum(block.spent_s for block in blocks) >= self.budget_s:
+            return True
+        return count in LOOKS and all(map(_narrow, _log_ratios(blocks, baseline)))
+
+
+def _deal(total: int, parts: int) -> list[int]:
+    return [total // parts + (index < total % parts) for index in range(parts)]
+
+
+def _log_ratios(blocks: Sequence[Block], baseline: str | None) -> list[list[float]]:
+    """By contender the log ratios of the blocks' medians to the baseline's; of one backend alone, its log medians."""
+    names = [name for name in blocks[0].laps if all(name in block.laps for block in blocks)]
+    logs = {name: [math.log(statistics.median(block.laps[name].times_us)) for block in blocks] for name in names}
+    if len(names) < 2:
+        return list(logs.values())
+    base = baseline if baseline in logs else names[0]
+    return [[ours - theirs for ours, theirs in zip(logs[name], logs[base])] for name in names if name != base]
+
+
+def _narrow(logs: Sequence[float]) -> bool:
+    half = stats.half_width(logs)
+    return half is not None and half <= TARGET_HALF_WIDTH
 
 
 def make_protocol(
@@ -121,104 +181,88 @@ def _require_choice(what: str, value: str, choices: Sequence[str]) -> None:
         raise AttnbenchError(f"no {what} is called {value!r}", f"choose {' or '.join(choices)}")
 
 
-@dataclass
-class _Record:
-    """What was taken of one lane so far."""
-
-    calls: Sequence[int]
-    """How many calls each block times; the last count holds for all further blocks."""
-    blocks: list[tuple[float, ...]]
-    host: list[float]
-
-    def next_count(self) -> int:
-        return self.calls[min(len(self.blocks), len(self.calls) - 1)]
-
-
-def measure(
+def take_block(
     lanes: Mapping[str, Lane],
     protocol: Protocol,
+    index: int,
     *,
     seed: int,
-    timing_method: str,
-    clock_mhz: Callable[[], float | None],
+    watch: Watch,
     expected: type[Failure],
     failed: Callable[[str, Failure], None],
-) -> dict[str, Measurement]:
-    """Time all lanes of a problem in interleaved rounds, in another random order each round.
+) -> Block | None:
+    """Time all lanes of a problem in block `index`: in interleaved rounds, in another random order each.
 
-    A lane that raises `expected` is reported to `failed`, dropped, and the rest go on. Returns a measurement for every
-    lane that lasted; all have the same number of blocks.
+    A round that was disturbed is thrown away for all lanes and taken again. A lane that raises `expected` is reported
+    to `failed`, dropped, and the rest go on; None where none lasted.
     """
     order = random.Random(seed)
-    records: dict[str, _Record] = {}
-    clocks: list[float] = []
+    calls: dict[str, list[int]] = {}
+    host: dict[str, tuple[float, ...]] = {}
+    times: dict[str, list[float]] = {}
 
     def each(names: list[str], step: Callable[[str], None]) -> None:
         for name in names:
             try:
                 step(name)
             except expected as error:
-                records.pop(name, None)
+                calls.pop(name, None)
                 failed(name, error)
 
     def warm_up(name: str) -> None:
-        records[name] = _Record(_warm_up(lanes[name], protocol), [], lanes[name].host_us(HOST_CALLS))
-        lanes[name].pause()
-
-    def take(name: str) -> None:
-        lanes[name].warm_up(WARM_UP_S)  # the others ran since: caches, clocks and threads must come back first
-        block = lanes[name].time_calls(records[name].next_count(), cold=protocol.cache == "cold")
-        records[name].blocks.append(tuple(round(value, 4) for value in block))
+        found = _calls(lanes[name], protocol, index)
+        host[name] = tuple(round(value, 4) for value in lanes[name].host_us(HOST_CALLS))
+        calls[name] = found
+        times[name] = []
         lanes[name].pause()
 
     each(list(lanes), warm_up)
-    start = time.monotonic()
-    done = 0
-    while records and not _enough(protocol, [r.blocks for r in records.values()], done, time.monotonic() - start):
-        names = list(records)
+    start_s = time.monotonic()
+    kept: list[Seen] = []
+    dropped: list[Seen] = []
+    while calls and len(kept) < len(next(iter(calls.values()))):
+        taken: dict[str, list[float]] = {}
+
+        def take(name: str) -> None:
+            lanes[name].warm_up(WARM_UP_S)  # caches, clocks and threads must come back first
+            found = lanes[name].time_calls(calls[name][len(kept)], cold=protocol.cache == "cold")
+            taken[name] = [round(value, 4) for value in found]  # noqa: B023
+            lanes[name].pause()
+
+        names = list(calls)
         order.shuffle(names)
+        watch.start()
         each(names, take)
-        done += 1
-        if (clock := clock_mhz()) is not None:
-            clocks.append(clock)
-    return {
-        name: Measurement(
-            blocks=tuple(record.blocks),
-            statistic=protocol.statistic,
-            timing_method=timing_method,
-            cache=protocol.cache,
-            host_us=round(statistics.median(record.host), 4),
-            clock_mhz=round(statistics.median(clocks), 1) if clocks else None,
-        )
-        for name, record in records.items()
-    }
+        seen = watch.stop()
+        if seen.causes and len(dropped) < MAX_DROPS and not _costly(protocol, time.monotonic() - start_s):
+            dropped.append(seen)
+            continue
+        kept.append(seen)
+        for name in taken:
+            times[name] += taken[name]
+        if _costly(protocol, time.monotonic() - start_s):
+            break
+    if not calls:
+        return None
+    laps = {name: Lap(times_us=tuple(times[name]), host_us=host[name]) for name in lanes if name in calls}
+    return Block(laps=laps, seen=tuple(kept), dropped=tuple(dropped), spent_s=round(time.monotonic() - start_s, 3))
 
 
-def _warm_up(lane: Lane, protocol: Protocol) -> Sequence[int]:
-    """Warm up one lane, and say how many calls its blocks shall time."""
+def _costly(protocol: Protocol, spent_s: float) -> bool:
+    """Whether a block has taken its share of the budget, so that no other round of it should begin."""
+    return protocol.name == "adaptive" and spent_s >= protocol.budget_s / LOOKS[0]
+
+
+def _calls(lane: Lane, protocol: Protocol, index: int) -> list[int]:
+    """Warm up one lane, and say how many calls each round shall time."""
     if protocol.name == "fixed":
         if protocol.warmup:
             lane.time_calls(protocol.warmup, cold=False)
-        rounds = min(FIXED_ROUNDS, protocol.iters)
-        return [protocol.iters // rounds + (index < protocol.iters % rounds) for index in range(rounds)]
+        count = protocol.fixed_counts[index]
+        return _deal(count, min(ROUNDS, count))
     call_s = lane.warm_up(WARM_UP_S) / 1e6
     if protocol.cache == "cold":  # the flush before a call takes longer than most calls
         start_s = time.monotonic()
         lane.time_calls(1, cold=True)
         call_s = max(call_s, time.monotonic() - start_s)
-    return [round(min(max(BLOCK_S / call_s, MIN_CALLS), MAX_CALLS))]
-
-
-def _enough(protocol: Protocol, lanes: Sequence[Sequence[Sequence[float]]], done: int, elapsed_s: float) -> bool:
-    if protocol.name == "fixed":
-        return done == min(FIXED_ROUNDS, protocol.iters)
-    if done < LOOKS[0]:
-        return False
-    if done >= LOOKS[-1] or elapsed_s >= protocol.budget_s:
-        return True
-    return done in LOOKS and all(_narrow([statistics.median(block) for block in blocks]) for blocks in lanes)
-
-
-def _narrow(block_times_us: Sequence[float]) -> bool:
-    half = stats.half_width(block_times_us)
-    return half is not None and half <= TARGET_HALF_WIDTH * statistics.fmean(block_times_us)
+    return [round(min(max(ROUND_S / call_s, MIN_CALLS), MAX_CALLS))] * ROUNDS

@@ -6,15 +6,18 @@ Started by isolation.py, below a keeper. It ends when the runner closes its end.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 from typing import Any
 
 from attnbench import devices, registry
+from attnbench.errors import in_a_line
 from attnbench.problem import Problem
 from attnbench.reference import Inputs, form_fault
 from attnbench.registry import BackendInfo, EntryPointRef
 from attnbench.result import Status
+from attnbench.seal import Seal
 from attnbench.wire import VERSION, Channel, Closed, Region
 from attnbench.worker import CaseFailed, Worker
 
@@ -33,11 +36,20 @@ def serve(descriptor: int) -> None:
         return
     source = EntryPointRef(**hello["backend"].pop("source"))
     info = BackendInfo(**hello["backend"], source=source)
+    device = devices.device(info.device)
+    seal = Seal(device.timing_functions())  # before the plugin is imported
     try:
-        host = _Host(Worker(registry.load(info), devices.device(info.device), hello["timeout_s"]))
-    except (Exception, SystemExit) as error:  # the plugin loaded when it was described, and may not now
-        channel.send({"failed": [Status.RUNTIME_ERROR.value, f"the plugin did not load: {error!r}"]})
+        host = _Host(Worker(registry.load(info), device, hello["timeout_s"], seal))
+        if fault := seal.broken():
+            raise CaseFailed(Status.TAMPERED, f"when it was imported, {fault}")
+    except CaseFailed as failure:
+        channel.send({"failed": [failure.status.value, failure.reason]})
         return
+    except (Exception, SystemExit) as error:  # the plugin loaded when it was described, and may not now
+        channel.send({"failed": [Status.RUNTIME_ERROR.value, f"the plugin did not load: {in_a_line(error)}"]})
+        return
+    gc.collect()
+    gc.freeze()  # or every later collection would look at all of torch again, for a tenth of a second
     channel.send({"value": None})
     with contextlib.suppress(Closed):
         while True:
@@ -65,27 +77,33 @@ class _Host:
             problem = Problem.from_json(message["problem"])
             self._shared = (problem, Region(problem, descriptor))
             return worker.prepare(problem, self._inputs())
-        if do == "time_calls":
-            return worker.time_calls(message["count"], cold=message["cold"])
         if do == "warm_up":
-            return worker.warm_up(message["seconds"])
+            return worker.warm_up(message["seconds"], message["seed"])
         if do == "host_us":
             return worker.host_us(message["count"])
-        if do == "begin":
-            return worker.begin()
+        if do in ("begin", "release_twin"):
+            return getattr(worker, do)()
         if do == "release":
             worker.release()
             self._shared = None
             return None
         problem, region = self._memory
+        if do == "prepare_twin":
+            return worker.prepare_twin(problem, self._inputs())
         if do == "renew":
             return worker.renew(self._inputs())
         if do == "inputs":
             return region.put(Inputs(*worker.inputs(), "normal"))
-        output = worker.output()
+        if do == "time_calls":
+            how = {name: message[name] for name in ("cold", "seed", "look_at")}
+            timed = worker.time_calls(message["count"], **how)
+            for place, output in zip(region.outputs, timed.outputs):
+                place.copy_(output)
+            return {"times_us": timed.times_us, "elapsed_s": timed.elapsed_s}
+        output = worker.output(twin=message["twin"])
         if fault := form_fault(problem, output):
             return fault
-        region.out.copy_(output)  # type: ignore[arg-type]  # form_fault says that it is a tensor
+        region.outputs[0].copy_(output)  # type: ignore[arg-type]  # form_fault says that it is a tensor
         return ""
 
     @property

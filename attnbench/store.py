@@ -1,13 +1,15 @@
 """Owns a run on disk: its directory, its append-only record, and reading it back. Knows no table.
 
-`results.jsonl` is the record: a line a Result, flushed to the disk before the next case starts. `results.csv` and
-`report.md` are made from it and replaced whole.
+`results.jsonl` is the record: a line a Result, flushed to the disk before the next case starts. `blocks.jsonl` holds
+the blocks of problems that are not finished, a line a block, and is gone when the run is. `results.csv` and `report.md`
+are made from both and replaced whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -18,13 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnbench.blocks import Block, How, Progress, Verdict
 from attnbench.devices import DeviceInfo
 from attnbench.errors import AttnbenchError
+from attnbench.problem import Problem
 from attnbench.result import Result
 from attnbench.rows import SCHEMA_VERSION, Row, csv_text, load_csv, row
 
 NOTHING_RAN = "nothing was run; name another folder with --out"
 RUN_FILE, RECORD_FILE, CSV_FILE, REPORT_FILE = "run.json", "results.jsonl", "results.csv", "report.md"
+JOURNAL_FILE = "blocks.jsonl"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -45,7 +50,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class RunWriter:
-    """Writes one run directory as the run goes; every finished Result survives whatever happens next."""
+    """Writes one run directory as the run goes; every finished Result and block survives whatever happens next."""
 
     def __init__(self, path: Path, header: Mapping[str, Any], device: DeviceInfo, *, fresh: bool = False) -> None:
         """Start a run in `path`, which must be new or an empty folder; with `fresh`, new.
@@ -57,54 +62,131 @@ class RunWriter:
         self._header = header
         self._device = device
         self._results: list[Result] = []
+        self._blocks = 0
         made = _make(path, fresh)
         try:
             write_atomically(path / RUN_FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
             write_atomically(path / RECORD_FILE, "")
+            write_atomically(path / JOURNAL_FILE, "")
             self._write_csv()
+            self._lock = _lock(path)
         except AttnbenchError as error:
             if made:
                 _unmake(path, made)
             raise AttnbenchError(error.message, NOTHING_RAN) from error
 
-    def add(self, results: Iterable[Result]) -> None:
+    @classmethod
+    def reopen(cls, path: Path) -> tuple[RunWriter, dict[str, Progress]]:
+        """Go on with a run that ended early, and tell how far it had got, by case_id.
+
+        What a last line was cut to is dropped. Raises AttnbenchError where it is no run, is still being written, or
+        cannot be read or written.
+        """
+        writer = cls.__new__(cls)
+        header, device = _header_and_device(path)
+        writer.path, writer._header, writer._device = path, header, device
+        writer._lock = _lock(path)
+        for name in (RECORD_FILE, JOURNAL_FILE):
+            _cut_half_line(path / name)
+        results = _parse_record(path / RECORD_FILE, device)
+        writer._results = results
+        found = {case: state for case, (state, _) in _parse_journal(path / JOURNAL_FILE).items()}
+        writer._blocks = sum(len(state.blocks) for state in found.values())
+        for result in results:
+            state = found.setdefault(result.problem.case_id, Progress(problem=result.problem))
+            state.results[result.backend] = result
+            state.verdicts.pop(result.backend, None)
+        return writer, found
+
+    def add(self, results: Sequence[Result]) -> None:
         """Append results to the record and renew the CSV. Raises AttnbenchError, the record ending at a whole line.
 
         An interrupt waits until both hold the results.
         """
         with _interrupts_wait():
-            self._add(list(results))
+            _append(self.path / RECORD_FILE, b"".join(_line(result.to_json()) for result in results))
+            self._results += results
+            self._write_csv()
 
-    def _add(self, results: list[Result]) -> None:
-        record = self.path / RECORD_FILE
-        data = b"".join(map(_line, results))
-        try:
-            # Unbuffered: a buffer would write its rest, at the old place, when a file that was just cut is closed.
-            with open(record, "r+b", buffering=0) as file:
-                size = file.seek(0, os.SEEK_END)
-                try:
-                    while data:
-                        data = data[file.write(data) :]
-                    os.fsync(file.fileno())
-                except OSError:
-                    os.ftruncate(file.fileno(), size)
-                    raise
-        except OSError as error:
-            raise _cannot("write", record, error) from error
-        self._results += results
-        self._write_csv()
+    def add_block(self, progress: Progress, how: How) -> None:
+        """Append a problem's newest block to the journal. Raises AttnbenchError, the journal ending at a whole line."""
+        line = {
+            "problem": progress.problem.to_json(),
+            "number": len(progress.blocks) - 1,
+            "verdicts": {name: dataclasses.asdict(verdict) for name, verdict in progress.verdicts.items()},
+            "how": dataclasses.asdict(how),
+            "block": progress.blocks[-1].to_json(),
+        }
+        with _interrupts_wait():
+            _append(self.path / JOURNAL_FILE, _line(line))
+            self._blocks += 1
 
     def _write_csv(self) -> None:
         ordered = in_plan_order(self._results, self._header)
         write_atomically(self.path / CSV_FILE, csv_text(row(result, self._device) for result in ordered))
 
-    def finish(self, report: str) -> None:
-        """Write report.md."""
+    def finish(self, report: str, rows: Iterable[Row], *, whole: bool) -> None:
+        """Write report.md and the CSV of `rows`; with `whole` nothing is missing, and the journal goes."""
+        write_atomically(self.path / CSV_FILE, csv_text(rows))
         write_atomically(self.path / REPORT_FILE, report)
+        if whole:
+            (self.path / JOURNAL_FILE).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let another attnbench go on with the run."""
+        os.close(self._lock)
 
     @property
-    def results(self) -> tuple[Result, ...]:
-        return tuple(self._results)
+    def has_something(self) -> bool:
+        """Whether there is anything to report of: a result, or a block of one."""
+        return bool(self._results or self._blocks)
+
+    @property
+    def header(self) -> Mapping[str, Any]:
+        return self._header
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append whole lines, flushed to the disk, or nothing. Raises AttnbenchError."""
+    try:
+        # Unbuffered: a buffer would write its rest, at the old place, when a file that was just cut is closed.
+        with open(path, "r+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), size)
+                raise
+    except OSError as error:
+        raise _cannot("write", path, error) from error
+
+
+def _cut_half_line(path: Path) -> None:
+    try:
+        data = path.read_bytes() if path.exists() else b""
+        whole = data.rpartition(b"\n")
+        with open(path, "ab") as file:
+            file.truncate(len(whole[0]) + len(whole[1]))
+    except OSError as error:
+        raise _cannot("write", path, error) from error
+
+
+def _lock(path: Path) -> int:
+    """A descriptor whose lock says that somebody writes the run; the system lets go of it with the process."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _cannot("read", path, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise AttnbenchError(f"{path} is being written by another attnbench", "wait until it has ended") from error
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def _make(path: Path, fresh: bool) -> list[Path]:
@@ -133,7 +215,7 @@ def _make(path: Path, fresh: bool) -> list[Path]:
 def _unmake(path: Path, made: Sequence[Path]) -> None:
     """Remove a run that could not begin; nothing but its own files, and folders that are empty then."""
     with contextlib.suppress(OSError):
-        for name in (RUN_FILE, RECORD_FILE, CSV_FILE):
+        for name in (RUN_FILE, RECORD_FILE, JOURNAL_FILE, CSV_FILE):
             (path / name).unlink(missing_ok=True)
         for folder in made:
             folder.rmdir()
@@ -161,8 +243,8 @@ def _interrupts_wait() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _line(result: Result) -> bytes:
-    text = json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+def _line(data: Mapping[str, Any]) -> bytes:
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
     return text.encode(errors="backslashreplace")  # of half a surrogate pair this makes the escape that JSON has for it
 
 
@@ -213,39 +295,86 @@ def _decode(path: Path, data: bytes) -> str:
         raise AttnbenchError(f"{path} is not UTF-8 text", "give a run directory or a CSV") from error
 
 
-def _load_run(path: Path) -> Record:
+def read_header(path: Path) -> dict[str, Any]:
+    """run.json of a run. Raises AttnbenchError where there is none that can be read."""
+    return _header_and_device(path)[0]
+
+
+def _header_and_device(path: Path) -> tuple[dict[str, Any], DeviceInfo]:
     if not (path / RUN_FILE).is_file():
         raise AttnbenchError(f"{path} is not a run: it has no {RUN_FILE}", "give a run directory or a CSV")
     try:
         header = json.loads(_decode(path / RUN_FILE, _read(path / RUN_FILE)))
         if header["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is {header['schema_version']!r}, not {SCHEMA_VERSION}")
-        device = DeviceInfo.from_json(header["device"])
+        return header, DeviceInfo.from_json(header["device"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AttnbenchError(f"{path / RUN_FILE} cannot be read: {_words(error)}") from error
-    rows, recorded, warnings = _parse_record(path / RECORD_FILE, device)
-    results = in_plan_order(recorded, header)
-    return Record(path, tuple(rows[r.key] for r in results), device, tuple(results), header, warnings)
 
 
-def _parse_record(path: Path, device: DeviceInfo) -> tuple[dict[tuple[str, str], Row], list[Result], tuple[str, ...]]:
-    whole, _, cut = _read(path).rpartition(b"\n")  # before decoding: the cut may go through a character
-    warnings = (f"{path}: the last line is cut and was dropped",) if cut else ()
-    lines = _decode(path, whole).split("\n") if whole else []
+def _load_run(path: Path) -> Record:
+    header, device = _header_and_device(path)
+    results = _parse_record(path / RECORD_FILE, device)
+    warnings = [f"{path / name}: the last line is cut and was dropped" for name in _cut_files(path)]
+    done = {result.key for result in results}
+    unfinished = [
+        result
+        for state, how in _parse_journal(path / JOURNAL_FILE).values()
+        for result in state.timed(how)
+        if result.key not in done
+    ]
+    if not results and not unfinished:
+        raise AttnbenchError(f"{path / RECORD_FILE} holds no results", "the run ended before its first case did")
+    if unfinished:
+        warnings.append(f"{len(unfinished)} cases have fewer blocks than asked for: attnbench run --resume goes on")
+    ordered = in_plan_order([*results, *unfinished], header)
+    return Record(
+        path, tuple(row(result, device) for result in ordered), device, tuple(ordered), header, tuple(warnings)
+    )
+
+
+def _cut_files(path: Path) -> list[str]:
+    """Which of the files that grow by lines end in half a one."""
+    names = [name for name in (RECORD_FILE, JOURNAL_FILE) if (path / name).exists()]
+    return [name for name in names if (data := _read(path / name)) and not data.endswith(b"\n")]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    whole, _, _ = _read(path).rpartition(b"\n")  # before decoding: a cut may go through a character
+    return enumerate(_decode(path, whole).split("\n") if whole else [], 1)
+
+
+def _parse_record(path: Path, device: DeviceInfo) -> list[Result]:
     results: dict[tuple[str, str], Result] = {}
-    rows: dict[tuple[str, str], Row] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in _lines(path):
         try:
             result = Result.from_json(json.loads(line))
-            shown = row(result, device)
+            row(result, device)  # a number that makes no row is no result
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise AttnbenchError(f"{path}, line {number} is no result: {_words(error)}") from error
         if result.key in results:
             raise AttnbenchError(f"{path}, line {number}: {' on '.join(result.key)} is there twice")
-        results[result.key], rows[result.key] = result, shown
-    if not results:
-        raise AttnbenchError(f"{path} holds no results", "the run ended before its first case did")
-    return rows, list(results.values()), warnings
+        results[result.key] = result
+    return list(results.values())
+
+
+def _parse_journal(path: Path) -> dict[str, tuple[Progress, How]]:
+    """How far each problem got, by case_id. The newest line of a problem says which backends are still in it."""
+    found: dict[str, tuple[Progress, How]] = {}
+    for number, line in _lines(path) if path.exists() else ():
+        try:
+            data = json.loads(line)
+            problem = Problem.from_json(data["problem"])
+            state, how = found.setdefault(problem.case_id, (Progress(problem=problem), How(**data["how"])))
+            state.verdicts = {name: Verdict.from_json(verdict) for name, verdict in data["verdicts"].items()}
+            block = Block.from_json(data["block"])
+            if data["number"] != len(state.blocks) or not set(state.verdicts) <= set(block.laps):
+                raise ValueError(f"block {data['number']} of {problem.case_id} does not follow the last")
+            state.blocks.append(block)
+            state.timed(how)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise AttnbenchError(f"{path}, line {number} is no block: {_words(error)}") from error
+    return found
 
 
 def in_plan_order(results: Iterable[Result], header: Mapping[str, Any]) -> list[Result]:

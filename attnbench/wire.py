@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
     from attnbench.reference import Inputs
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE_BYTES = 4 << 20
-"""A block of 1000 times takes about 10 KB."""
+"""5000 times take about 50 KB."""
+OUTPUTS = 2
+"""How many outputs of one request the shared memory has room for."""
 _HEADER = struct.Struct(">I")
 ALIGNMENT = 64
 
@@ -123,7 +125,7 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 class Region:
-    """Shared memory for one prepared problem: q, k, v on their way in, the output on its way out."""
+    """Shared memory for one prepared problem: q, k, v on their way in, outputs on their way out."""
 
     def __init__(self, problem: Problem, descriptor: int | None = None) -> None:
         """Make the memory, or map what `descriptor`, which is closed, refers to."""
@@ -131,7 +133,7 @@ class Region:
 
         from attnbench.reference import torch_dtype
 
-        shapes = (problem.q_shape, problem.k_shape, problem.v_shape, problem.out_shape)
+        shapes = (problem.q_shape, problem.k_shape, problem.v_shape, *[problem.out_shape] * OUTPUTS)
         item = ITEM_BYTES[problem.dtype]
         sizes = [-(-math.prod(shape) * item // ALIGNMENT) * ALIGNMENT for shape in shapes]
         if descriptor is None:
@@ -143,7 +145,7 @@ class Region:
         memory = mmap.mmap(descriptor, sum(sizes))
         self._memory = memory
         offsets = [sum(sizes[:index]) for index in range(len(sizes))]
-        self.q, self.k, self.v, self.out = (
+        self.q, self.k, self.v, *self.outputs = (
             torch.frombuffer(memory, dtype=torch_dtype(problem), count=math.prod(shape), offset=offset).view(shape)
             for shape, offset in zip(shapes, offsets)
         )
@@ -158,7 +160,7 @@ class Region:
 
     def close(self) -> None:
         """Give the memory back; the tensors must not be used afterwards."""
-        del self.q, self.k, self.v, self.out
+        del self.q, self.k, self.v, self.outputs
         with contextlib.suppress(BufferError):  # a view is still alive somewhere: the mapping goes with it
             self._memory.close()
         os.close(self.descriptor)

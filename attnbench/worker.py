@@ -6,29 +6,33 @@ It answers in plain values and CPU tensors: to the runner in its own process, or
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
+import math
 import signal
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from attnbench.backend import Backend
 from attnbench.devices import Device
 from attnbench.environment import without_home
 from attnbench.errors import in_a_line
 from attnbench.jit import CompileError
+from attnbench.patches import Patch, Patched
 from attnbench.problem import Problem
-from attnbench.result import Status
+from attnbench.reference import Inputs, form_fault
+from attnbench.result import Check, Status
+from attnbench.seal import Seal
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from attnbench.reference import Inputs
+# Taken before any plugin is imported: a plugin that replaces them later changes nothing here.
+_CLONE, _COPY, _FILL, _TO = torch.Tensor.clone, torch.Tensor.copy_, torch.Tensor.fill_, torch.Tensor.to
 
 REASON_LENGTH = 400
 MAX_CORES = 1 << 20
@@ -36,33 +40,52 @@ MAX_CORES = 1 << 20
 
 
 class CaseFailed(Exception):
-    """A case ended with a status other than PASSED, and why."""
+    """A case ended with a status other than PASSED, why and, where the judge compared anything, with what errors."""
 
-    def __init__(self, status: Status, reason: str) -> None:
+    def __init__(self, status: Status, reason: str, check: Check | None = None) -> None:
         super().__init__(f"{status}: {reason}")
         self.status = status
         self.reason = reason
+        self.check = check
 
 
 class _TimeIsUp(BaseException):
     """Raised by the alarm in whatever a backend is doing; no `except Exception` of its own stops it."""
 
 
+@dataclass(frozen=True)
+class Timed:
+    """What timing some calls gave."""
+
+    times_us: list[float]
+    elapsed_s: float
+    """All of it by the worker's clock, with what is not timed between the calls."""
+    outputs: list[Tensor]
+    """On the CPU: what those calls returned that were asked for."""
+
+
 class Worker:
     """One backend on one device. Every method raises CaseFailed where the backend fails, never its own exceptions."""
 
-    def __init__(self, backend: Backend, device: Device, timeout_s: float) -> None:
-        """`timeout_s` bounds what the backend takes in all between one `begin` and the next."""
+    def __init__(self, backend: Backend, device: Device, timeout_s: float, seal: Seal) -> None:
+        """`timeout_s` bounds what the backend takes in all between one `begin` and the next.
+
+        `seal` was taken before the backend's plugin was imported.
+        """
         self._backend = backend
         self._device = device
         self._timeout_s = timeout_s
         self._left_s = timeout_s
+        self._seal = seal
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._call: Callable[[], Tensor] | None = None
+        self._twin: tuple[tuple[Tensor, Tensor, Tensor], Callable[[], Tensor]] | None = None
+        self._problem: Problem | None = None
 
     def begin(self) -> None:
         """Start a phase (prepare and check, or timing) with the whole of `timeout_s` before it."""
         self._left_s = self._timeout_s
+        self._require_seal()
 
     def unsupported(self, problem: Problem) -> str | None:
         with self._guard("unsupported()"):
@@ -86,64 +109,85 @@ class Worker:
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
         """Put the inputs on the device and let the backend prepare on them."""
         self.release()
+        self._inputs, self._call = self._prepare(problem, inputs)
+        self._problem = problem
+
+    def prepare_twin(self, problem: Problem, inputs: Inputs) -> None:
+        """Let the backend prepare the same problem once more, on other inputs, beside the first."""
+        self._twin = None
+        self._twin = self._prepare(problem, inputs)
+
+    def _prepare(self, problem: Problem, inputs: Inputs) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[[], Tensor]]:
         with self._guard("prepare()"):
             q, k, v = (tensor.to(self._device.kind, copy=True) for tensor in (inputs.q, inputs.k, inputs.v))
-            self._inputs = (q, k, v)
             call = self._backend.prepare(problem, q, k, v)
             self._device.synchronize()
             if not callable(call):
                 raise TypeError(f"it returned a {type(call).__name__}, nothing to call")
         gc.collect()
-        self._call = call
+        return (q, k, v), call
 
     def renew(self, inputs: Inputs) -> None:
         """Overwrite the prepared q, k and v with other values of the same problem."""
         tensors = self._tensors
         with self._guard("renewing the inputs"):
             for tensor, value in zip(tensors, (inputs.q, inputs.k, inputs.v)):
-                tensor.copy_(value)
+                _COPY(tensor, value)
             self._device.synchronize()
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """What q, k and v hold now, on the CPU."""
         q, k, v = self._tensors
         with self._guard("reading the inputs back"):
-            return q.cpu(), k.cpu(), v.cpu()
+            return _TO(q, "cpu"), _TO(k, "cpu"), _TO(v, "cpu")
 
-    def output(self) -> object:
+    def output(self, *, twin: bool = False) -> object:
         """Call once; a plain tensor comes back as a copy on the CPU, anything else as it is."""
-        import torch
-
-        call = self._prepared
+        inputs, call = (self._tensors, self._prepared) if not twin else self._second
         with self._guard("the call"):
             output = call()
             self._device.synchronize()
-            if type(output) is torch.Tensor and output.device.type == self._device.kind:
-                return output.detach().to("cpu", copy=True)
-        return output
+        return self._taken(output, inputs)
 
-    def warm_up(self, seconds: float) -> float:
-        """Call for at least that long; gives the median time of a call in µs, of the later half of the calls."""
-        call = self._prepared
+    def warm_up(self, seconds: float, seed: int) -> float:
+        """Call as `time_calls` does for at least that long; gives the median time in µs of the later half of the calls."""
+        exercise = self._exercise(seed)
         with _no_collection(), self._guard("a warm-up call"):
             start_s, count = time.monotonic(), 1
-            while True:
-                times = self._device.time_calls(call, count, cold=False)
-                if time.monotonic() - start_s >= seconds:
-                    return statistics.median(times)
-                count *= 2
+            try:
+                while True:
+                    times = self._device.time_calls(self._prepared, count, cold=False, exercise=exercise)
+                    if time.monotonic() - start_s >= seconds:
+                        return statistics.median(times)
+                    count *= 2
+            finally:
+                exercise.end()
 
-    def time_calls(self, count: int, *, cold: bool) -> list[float]:
-        """Times in µs of `count` calls."""
-        call = self._prepared
+    def time_calls(self, count: int, *, cold: bool, seed: int, look_at: Sequence[int]) -> Timed:
+        """Time `count` calls, each on inputs changed by the patch of `seed` and its number, and restore the inputs.
+
+        What the calls in `look_at` return is copied the moment they do. Every returned tensor is filled with NaN.
+        """
+        call, exercise = self._prepared, self._exercise(seed, look_at)
+        clock = time.perf_counter
         with _no_collection(), self._guard("a timed call"):
-            return self._device.time_calls(call, count, cold=cold)
+            start_s = clock()
+            try:
+                times = self._device.time_calls(call, count, cold=cold, exercise=exercise)
+            finally:
+                exercise.end()
+            self._device.synchronize()
+            elapsed_s = clock() - start_s
+        return Timed(times, elapsed_s, [self._plain(output) for output in exercise.outputs])
 
     def host_us(self, count: int) -> list[float]:
         """CPU times in µs until each of `count` eager calls returns."""
         call = self._prepared
         with _no_collection(), self._guard("a call"):
             return self._device.host_us(call, count)
+
+    def ready(self) -> None:
+        """Nothing is being started."""
 
     def pause(self) -> None:
         """Nothing of this worker runs between its calls, but for threads that the backend keeps spinning."""
@@ -153,14 +197,47 @@ class Worker:
         self.release()
 
     def release(self) -> None:
-        """Let go of the inputs and the callable, and with them of the backend's memory."""
-        self._inputs = self._call = None
+        """Let go of the inputs and the callables, and with them of the backend's memory."""
+        self._inputs = self._call = self._twin = self._problem = None
+
+    def release_twin(self) -> None:
+        self._twin = None
+
+    def _taken(self, output: object, inputs: tuple[Tensor, Tensor, Tensor]) -> object:
+        """A copy on the CPU of a plain tensor on the device; anything else as it is."""
+        with self._guard("reading the output"):
+            if type(output) is torch.Tensor and output.device.type == self._device.kind:
+                _refuse_alias(output, inputs)
+                return _TO(output.detach(), "cpu", copy=True)
+        return output
+
+    def _exercise(self, seed: int, look_at: Sequence[int] = ()) -> _Exercise:
+        assert self._problem is not None
+        return _Exercise(self._problem, self._tensors, seed, frozenset(look_at), self._device.calls_a_change)
+
+    def _plain(self, output: object) -> Tensor:
+        assert self._problem is not None
+        taken = self._taken(output, self._tensors)
+        if fault := form_fault(self._problem, taken):
+            raise CaseFailed(Status.INCORRECT, f"a timed call: {fault}")
+        assert isinstance(taken, torch.Tensor)
+        return taken
+
+    def _require_seal(self) -> None:
+        if fault := self._seal.broken():
+            raise CaseFailed(Status.TAMPERED, fault)
 
     @property
     def _prepared(self) -> Callable[[], Tensor]:
         if self._call is None:
             raise RuntimeError("prepare() comes before any call")
         return self._call
+
+    @property
+    def _second(self) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[[], Tensor]]:
+        if self._twin is None:
+            raise RuntimeError("prepare_twin() comes before any call of the twin")
+        return self._twin
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,14 +247,14 @@ class Worker:
 
     @contextlib.contextmanager
     def _guard(self, doing: str) -> Iterator[None]:
-        """Turn whatever the backend raises, or its running out of time, into CaseFailed."""
+        """Turn whatever the backend raises, its running out of time, or what it changed, into CaseFailed."""
         start_s = time.monotonic()
         try:
             with _alarm(self._left_s):
                 yield
         except _TimeIsUp:
             raise CaseFailed(Status.TIMEOUT, f"the limit of {self._timeout_s:g} s ran out at {doing}") from None
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, CaseFailed):
             raise
         except BaseException as error:  # a backend may raise anything, and may try to end the process
             if isinstance(error, CompileError) and error.log:
@@ -187,6 +264,55 @@ class Worker:
         finally:
             # Time that is up is up at once: a timer of 0 s would never ring.
             self._left_s = max(self._left_s - (time.monotonic() - start_s), 1e-6)
+        self._require_seal()
+
+
+class _Exercise:
+    """Changes the inputs before calls and keeps what some of them return."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        seed: int,
+        look_at: frozenset[int],
+        calls_a_change: int,
+    ) -> None:
+        self._problem = problem
+        self._tensors = tensors
+        self._patched = Patched(*tensors)
+        self._seed = seed
+        self._look_at = look_at
+        self._calls_a_change = calls_a_change
+        self.outputs: list[object] = []
+
+    def before(self, index: int) -> None:
+        self._patched.lay(Patch.of(self._problem, self._seed, index))
+
+    def after(self, index: int, output: object) -> None:
+        plain = type(output) is torch.Tensor
+        if index in self._look_at:
+            if plain:
+                _refuse_alias(output, self._tensors)  # type: ignore[arg-type]
+            self.outputs.append(_CLONE(output) if plain else output)
+        # A call that returns without having written all of its output cannot hide behind what the last one wrote.
+        if plain and (index + 1) % self._calls_a_change == 0:
+            with contextlib.suppress(RuntimeError):  # of a shape that cannot be filled, as the judge will say
+                _FILL(output.data, math.nan)  # type: ignore[attr-defined]
+
+    def end(self) -> None:
+        self._patched.restore()
+
+
+def _refuse_alias(output: Tensor, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Raise CaseFailed where the output lies in an input's memory."""
+    if output.layout is not torch.strided or output.is_nested:
+        return
+    mine = output.untyped_storage().data_ptr()
+    for name, tensor in zip("qkv", inputs):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() <= mine < storage.data_ptr() + storage.nbytes():
+            raise CaseFailed(Status.INCORRECT, f"the output lies in the memory of its input {name}")
 
 
 @contextlib.contextmanager
@@ -220,17 +346,10 @@ def _alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@functools.cache
-def _out_of_memory_errors() -> tuple[type[BaseException], ...]:
-    import torch
-
-    return (MemoryError, torch.OutOfMemoryError)
-
-
 def _status(error: BaseException) -> Status:
     if isinstance(error, CompileError):
         return Status.COMPILE_ERROR
     # The CPU's allocator has no exception type of its own.
-    if isinstance(error, _out_of_memory_errors()) or "can't allocate memory" in in_a_line(error):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in in_a_line(error):
         return Status.OOM
     return Status.RUNTIME_ERROR

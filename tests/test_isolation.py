@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from attnbench import spot
 from attnbench.isolation import IsolatedWorker
+from attnbench.patches import Patch
 from attnbench.problem import Problem
 from attnbench.reference import Reference, make_inputs
 from attnbench.registry import BackendInfo, EntryPointRef
@@ -22,9 +25,10 @@ from attnbench.worker import CaseFailed
 PROBLEM = Problem(seqlen_q=8, seqlen_k=16, head_dim=8, dtype="fp32")
 INPUTS = make_inputs(PROBLEM, 0)
 PIDS = "pids.txt"
+HOT = {"cold": False, "seed": 1, "look_at": []}
 
 FAULTY = """
-import ctypes, os, signal, subprocess, sys, time
+import ctypes, json, os, signal, subprocess, sys, time
 import torch
 from attnbench import Backend, hookimpl
 
@@ -73,7 +77,16 @@ def claim_nothing():
     say(b'\\0\\0\\0\\17{"value": "no"}')
 
 
+def lie(times_us, elapsed_s, wait_s):
+    time.sleep(wait_s)
+    body = json.dumps({"value": {"times_us": times_us, "elapsed_s": elapsed_s}}).encode()
+    say(len(body).to_bytes(4, "big") + body)
+
+
 FAULTS = {
+    "clock_lies": lambda: lie([1000.0], 0.001, 1.0),
+    "times_lie": lambda: lie([1.0], 1.0, 1.0),
+    "hoards": lambda: torch.empty(64 << 30, dtype=torch.uint8),
     "segv": lambda: ctypes.string_at(0),
     "sigkill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "abort": os.abort,
@@ -214,9 +227,23 @@ def test_a_right_backend_is_right_through_shared_memory_and_reads_renewed_inputs
         made.prepare(PROBLEM, inputs) if seed == 0 else made.renew(inputs)
         assert Reference.of(PROBLEM, inputs, seed).judge(made.output()).passed
         assert all(now.equal(put) for now, put in zip(made.inputs(), (inputs.q, inputs.k, inputs.v)))
-    times = made.time_calls(7, cold=False)
-    assert len(times) == 7
-    assert all(0 < time_us < 60e6 for time_us in times)
+    timed = made.time_calls(7, cold=False, seed=3, look_at=[2, 6])
+    assert len(timed.times_us) == 7
+    assert 0 < sum(timed.times_us) / 1e6 <= timed.elapsed_s < 60
+    for call, output in zip((2, 6), timed.outputs):
+        assert spot.fault(PROBLEM, make_inputs(PROBLEM, 1), output, 1e-5, 0, Patch.of(PROBLEM, 3, call)) == ""
+    assert spot.fault(PROBLEM, make_inputs(PROBLEM, 1), timed.outputs[0], 1e-5, 0, Patch.of(PROBLEM, 3, 6)) != ""
+    assert made.warm_up(0.001, 5) > 0
+
+
+def test_a_twin_is_prepared_beside_the_first(worker):
+    made, others = worker("fine"), make_inputs(PROBLEM, 1)
+    made.prepare(PROBLEM, INPUTS)
+    made.prepare_twin(PROBLEM, others)
+    assert Reference.of(PROBLEM, others, 1).judge(made.output(twin=True)).passed
+    assert Reference.of(PROBLEM, INPUTS, 0).judge(made.output()).passed
+    made.release_twin()
+    assert Reference.of(PROBLEM, INPUTS, 0).judge(made.output()).passed
 
 
 def test_what_a_backend_prints_does_not_reach_stdout(worker, capfd):
@@ -232,23 +259,81 @@ def test_an_answer_of_another_kind_than_asked_for_is_none(worker):
     made = worker("claim_nothing")
     made.prepare(PROBLEM, INPUTS)
     with pytest.raises(CaseFailed) as caught:
-        made.time_calls(1, cold=False)
+        made.time_calls(1, **HOT)
     assert caught.value.status is Status.CRASHED
     assert "it is not what was asked for" in caught.value.reason
 
 
-def test_times_that_do_not_add_up_to_the_wall_clock_are_tampered(worker):
+def test_a_changed_clock_is_tampered(worker):
     made = worker("clock")
-    made.prepare(PROBLEM, INPUTS)
-
-    def time_for_long() -> None:
-        for _ in range(10):
-            made.time_calls(10, cold=False)
-
     with pytest.raises(CaseFailed) as caught:
-        time_for_long()
+        made.prepare(PROBLEM, INPUTS)
+    assert (caught.value.status, caught.value.reason) == (Status.TAMPERED, "it changed time.perf_counter_ns")
+
+
+CLAIMS = [
+    ("clock_lies", "by its clock 0.001 s went by while "),
+    ("times_lie", "its times add up to 0.000 s of the "),
+]
+
+
+@pytest.mark.parametrize(("name", "words"), CLAIMS, ids=[name for name, _ in CLAIMS])
+def test_what_a_worker_says_of_time_must_fit_the_wall_clock_here(worker, name, words):
+    made = worker(name)
+    made.prepare(PROBLEM, INPUTS)
+    with pytest.raises(CaseFailed) as caught:
+        made.time_calls(1, **HOT)
     assert caught.value.status is Status.TAMPERED
-    assert "its times add up to" in caught.value.reason
+    assert caught.value.reason.startswith(words)
+
+
+def test_a_plugin_that_changes_the_clock_when_it_is_imported_never_starts(plugin, monkeypatch):
+    (plugin / "early.py").write_text(
+        "import time\nkeep = time.monotonic\ntime.monotonic = lambda: keep()\nfrom faulty import attnbench_backends\n"
+    )
+    source = EntryPointRef("early", "1", "early", "early")
+    made = IsolatedWorker(BackendInfo("fine", "cpu", "", "", True, None, source), 60.0)
+    try:
+        for _ in range(2):
+            with pytest.raises(CaseFailed) as caught:
+                made.begin()
+            assert caught.value.status is Status.TAMPERED
+            assert caught.value.reason == "when it was imported, it changed time.monotonic"
+    finally:
+        made.close()
+
+
+def test_memory_that_cannot_be_shared_is_no_failure_of_the_backend(worker):
+    made = worker("fine")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(CaseFailed) as caught:
+            made.prepare(PROBLEM, INPUTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.status is Status.SKIPPED
+    assert caught.value.reason == "the memory shared with its process cannot be had: File too large"
+    made.prepare(PROBLEM, INPUTS)
+    assert made.output().isfinite().all()
+
+
+def test_a_backend_beyond_the_memory_limit_is_oom(plugin):
+    program = (
+        "import resource\n"
+        "from test_isolation import *\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))\n"
+        "made = IsolatedWorker(info('hoards'), 60.0)\n"
+        "made.begin(); made.prepare(PROBLEM, INPUTS)\n"
+        "try:\n    made.output()\n"
+        "except CaseFailed as failure:\n    print(failure.status, failure.reason)\n"
+        "made.close()"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("OOM the call: "), done.stderr
 
 
 def test_a_hung_worker_is_killed_with_the_grandchild_that_left_its_group(worker, plugin):
@@ -292,7 +377,7 @@ def test_a_paused_worker_is_stopped_and_the_next_question_wakes_it(worker):
     for _ in range(5):
         made.pause()
         assert state(pid) == "T"
-        assert len(made.time_calls(1, cold=False)) == 1
+        assert len(made.time_calls(1, **HOT).times_us) == 1
         assert state(pid) != "T"
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnbench import runner
 from attnbench.backend import Backend
+from attnbench.blocks import Progress, Seen, Verdict
 from attnbench.devices import DeviceInfo
 from attnbench.devices.cpu import CpuDevice
 from attnbench.errors import AttnbenchError
@@ -22,8 +23,9 @@ from attnbench.problem import Problem, Suite
 from attnbench.protocol import Protocol
 from attnbench.reference import DISTRIBUTIONS
 from attnbench.registry import BackendInfo, EntryPointRef
-from attnbench.result import Status
+from attnbench.result import Check, Status
 from attnbench.rows import row
+from attnbench.seal import Seal
 from attnbench.worker import Worker
 
 SHAPE = {"seqlen_q": 8, "seqlen_k": 24, "head_dim": 16, "dtype": "fp32"}
@@ -31,11 +33,10 @@ PROBLEM = Problem(**SHAPE)
 OTHER = Problem(**SHAPE | {"seqlen_q": 5, "causal": True})
 DEVICE = DeviceInfo(kind="cpu", name="Test CPU", cores=8)
 QUICK = Protocol(name="fixed", warmup=1, iters=4)
-LEAST_CALLS = 1 + 5 + 4 * 2
-"""Calls of a lane under QUICK: warm-up, host times, and four blocks of at least one call to warm up and one timed."""
-BEFORE_TIMING = 1
-"""The call that is judged first."""
-"""Calls before that: the check, the warm-up and the host times."""
+LEAST_CALLS = 1 + 5 + 3 + 4
+"""Calls of a lane under QUICK: warm-up, host times, and of three rounds at least one call to warm up and four timed."""
+BEFORE_TIMING = 2
+"""The call that is judged first, and that beside the twin."""
 NUMBERS = ("time_us", "tflops", "tflops_gemm", "mean_us", "median_us", "ci95_low_us", "host_us", "normalized_tflops")
 
 
@@ -81,7 +82,7 @@ class Overwrites(Right):
 
 
 class OverwritesLater(Right):
-    """From the third call on, when the first check is over."""
+    """While it is timed, and by less than any error budget notices."""
 
     def prepare(self, problem, q, k, v):
         calls = []
@@ -89,9 +90,9 @@ class OverwritesLater(Right):
         def call():
             calls.append(1)
             out = attend(problem, q, k, v)
-            if len(calls) > 2:
-                q.add_(1)
-                v.add_(1)
+            if 10 < len(calls) < 30:
+                q[0, 0, 0, 0] *= 1 + 2**-22
+                v[0, 0, 0, 0] *= 1 + 2**-22
             return out
 
         return call
@@ -204,21 +205,33 @@ def slow(where):
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+class Calm:
+    """A machine on which nothing happens."""
+
+    def start(self): ...
+
+    def stop(self):
+        return Seen()
+
+
 class Journal:
     """An observer and a record that write down what they are told."""
 
     def __init__(self):
         self.events, self.results = [], []
 
-    def started(self, problem, index, total):
-        self.events.append(("started", problem.case_id, index, total))
+    def started(self, problem, index, total, block):
+        self.events.append(("started", problem.case_id, index, total, block))
 
     def ended(self, results):
         self.events.append(("ended", [r.backend for r in results]))
 
-    def record(self, results):
+    def add(self, results):
         self.events.append(("record", [r.backend for r in results]))
         self.results += results
+
+    def add_block(self, progress, how):
+        self.events.append(("block", sorted(progress.blocks[-1].laps)))
 
 
 @pytest.fixture
@@ -233,14 +246,15 @@ def go():
         entries = entries or [Entry(name, info) for name, info in infos.items()]
         plan = Plan(CpuDevice(), DEVICE, Suite("test", tuple(problems)), tuple(entries), None)
         journal = journal or Journal()
-        runner.run(
+        seal = Seal()
+        runner.Run(
             plan,
             protocol,
-            journal.record,
             journal,
-            start=lambda info: Worker(backends[info.name], CpuDevice(), timeout_s),
-            **options,
-        )
+            journal,
+            start=lambda info: Worker(backends[info.name], CpuDevice(), timeout_s, seal),
+            **{"watch": Calm(), **options},
+        ).run()
         names = [entry.name for entry in entries]
         return sorted(journal.results, key=lambda r: (problems.index(r.problem), names.index(r.backend)))
 
@@ -271,9 +285,9 @@ ENDS = [
     (Subclass(), Status.INCORRECT, "the output is a Parameter, not a plain torch.Tensor"),
     (Meta(), Status.INCORRECT, "the output came back on meta"),
     (Sparse(), Status.INCORRECT, "the output's layout is torch.sparse_coo"),
-    (Stale(), Status.INCORRECT, "after timing, on new inputs: max error "),
+    (Stale(), Status.INCORRECT, "a timed call: max error "),
     (Overwrites(), Status.INCORRECT, "it overwrote its input k"),
-    (OverwritesLater(), Status.INCORRECT, "after timing, on new inputs: it overwrote its input q and v"),
+    (OverwritesLater(), Status.INCORRECT, "while it was timed, it overwrote its input q and v"),
     (AnswersItsOwnQuestion(), Status.INCORRECT, "it overwrote its input q"),
     (NotCallable(), Status.RUNTIME_ERROR, "prepare(): TypeError: it returned a Tensor, nothing to call"),
     (raising("unsupported", ValueError("no")), Status.RUNTIME_ERROR, "unsupported(): ValueError: no"),
@@ -372,7 +386,7 @@ def test_nothing_is_timed_that_is_wrong_and_the_calls_are_the_protocols(go):
         class Counting(parent):
             def prepare(self, problem, q, k, v):
                 call = super().prepare(problem, q, k, v)
-                counts[name] = 0
+                counts.setdefault(name, 0)
 
                 def counted():
                     counts[name] += 1
@@ -383,8 +397,8 @@ def test_nothing_is_timed_that_is_wrong_and_the_calls_are_the_protocols(go):
         return Counting()
 
     go({"right": counting(Right, "right"), "wrong": counting(Wrong, "wrong")})
-    # The first check, the timing, and the check after it.
-    assert counts["right"] >= 1 + LEAST_CALLS + 1
+    # The first check, two calls side by side, the timing, and the check after it.
+    assert counts["right"] >= 1 + 2 + LEAST_CALLS + 1
     assert counts["wrong"] == 1
 
 
@@ -396,22 +410,136 @@ def test_each_result_is_recorded_as_soon_as_it_is_final_a_wrong_one_before_any_i
     go({"b": Right(), "a": Wrong(), "c": Right()}, problems=(PROBLEM, OTHER), journal=journal)
     names = ["b", "a", "c"]
     assert journal.events == [
-        ("started", PROBLEM.case_id, 0, 2),
-        *[("record", [name]) for name in ("a", "b", "c")],
+        ("started", PROBLEM.case_id, 0, 2, 0),
+        ("record", ["a"]),
+        ("block", ["b", "c"]),
+        *[("record", [name]) for name in ("b", "c")],
         ("ended", names),
-        ("started", OTHER.case_id, 1, 2),
-        *[("record", [name]) for name in ("a", "b", "c")],
+        ("started", OTHER.case_id, 1, 2, 0),
+        ("record", ["a"]),
+        ("block", ["b", "c"]),
+        *[("record", [name]) for name in ("b", "c")],
         ("ended", names),
     ]
     assert [r.problem for r in journal.results] == [PROBLEM] * 3 + [OTHER] * 3
 
 
-def test_cases_that_are_done_are_left_out(go):
+FIVE_BLOCKS = Protocol(name="fixed", warmup=1, iters=100)
+
+
+def test_a_block_goes_through_all_problems_with_fresh_workers_each(go):
+    journal, prepared = Journal(), []
+
+    class Watching(Right):
+        def prepare(self, problem, q, k, v):
+            prepared.append(problem)
+            return super().prepare(problem, q, k, v)
+
+    found = go({"a": Watching(), "b": Right()}, (PROBLEM, OTHER), FIVE_BLOCKS, journal)
+    rounds = [event[1:] for event in journal.events if event[0] == "started"]
+    assert rounds == [(p.case_id, i, 2, block) for block in range(5) for i, p in enumerate((PROBLEM, OTHER))]
+    assert [len(r.measurement.blocks) for r in found] == [5] * 4
+    assert {len(block) for r in found for block in r.measurement.blocks} == {20}
+    # Once for its block and, in the first, once more beside itself.
+    assert prepared == [PROBLEM, PROBLEM, OTHER, OTHER, *[PROBLEM, OTHER] * 4]
+    kept = [event for event in journal.events if event[0] in ("block", "record")]
+    block, records = ("block", ["a", "b"]), [("record", ["a"]), ("record", ["b"])]
+    assert kept == [*[block] * 9, *records, block, *records]
+
+
+class WrongInBlock(Right):
+    """Wrong from its third preparation on, as the first block takes two."""
+
+    def __init__(self):
+        self.prepared = 0
+
+    def prepare(self, problem, q, k, v):
+        self.prepared += 1
+        wrong = self.prepared > 2
+        return lambda: attend(problem, q, k, v) * (2 if wrong else 1)
+
+
+def test_a_backend_that_is_wrong_in_a_later_process_loses_all_its_blocks(go):
+    found = go({"right": Right(), "wrong": WrongInBlock()}, protocol=FIVE_BLOCKS)
+    assert [r.status for r in found] == [Status.PASSED, Status.INCORRECT]
+    assert found[1].reason.startswith("in a fresh process: max error ")
+    assert found[1].measurement is None
+    assert len(found[0].measurement.blocks) == 5
+
+
+class SharesState(Right):
+    last = None
+
+    def prepare(self, problem, q, k, v):
+        SharesState.last = (q, k, v)
+        return lambda: attend(problem, *SharesState.last)
+
+
+@pytest.mark.parametrize("protocol", [QUICK, None], ids=["run", "check"])
+def test_state_shared_between_two_preparations_is_found(go, protocol):
+    (result,) = go({"shares": SharesState()}, protocol=protocol)
+    assert result.status is Status.INCORRECT
+    assert result.reason.startswith("prepared twice, side by side: max error ")
+
+
+def test_what_cannot_be_is_implausible_and_has_no_number(go):
+    (result, other) = go(
+        {"a": Right(), "b": Right()}, implausible=lambda r: "faster than light" if r.backend == "a" else ""
+    )
+    assert (result.status, result.reason, result.measurement) == (Status.IMPLAUSIBLE, "faster than light", None)
+    assert result.check is not None
+    assert other.status is Status.PASSED
+
+
+CHECK = Check(max_abs_err=0.0, err_budget=1e-6, classic_ok=True, inputs="normal", rows_checked=8, rows_total=8)
+VERDICT = {"a": Verdict(check=CHECK, used_cores=1)}
+
+
+class Stops(Exception):
+    pass
+
+
+def test_a_run_goes_on_from_the_blocks_and_results_of_an_earlier_one(go):
+    class Stopping(Journal):
+        def add_block(self, progress, how):
+            super().add_block(progress, how)
+            self.progress = progress
+            if len(progress.blocks) == 3:
+                raise Stops
+
+    journal = Stopping()
+    backends = {"a": Right(), "wrong": Wrong(), "b": Right()}
+    with pytest.raises(Stops):
+        go(backends, protocol=FIVE_BLOCKS, journal=journal)
+    before = journal.progress
+    first = [block.laps["a"].times_us for block in before.blocks]
     journal = Journal()
-    done = {(PROBLEM.case_id, "a"), (PROBLEM.case_id, "b"), (OTHER.case_id, "a")}
-    found = go({"a": Right(), "b": Right()}, problems=(PROBLEM, OTHER), journal=journal, done=done)
-    assert [r.key for r in found] == [(OTHER.case_id, "b")]
-    assert journal.events[0] == ("started", OTHER.case_id, 1, 2)
+    found = go(backends, protocol=FIVE_BLOCKS, journal=journal, before={PROBLEM.case_id: before})
+    assert [event for event in journal.events if event[0] == "started"] == [
+        ("started", PROBLEM.case_id, 0, 1, 3),
+        ("started", PROBLEM.case_id, 0, 1, 4),
+    ]
+    assert [(r.backend, r.status) for r in found] == [("a", Status.PASSED), ("b", Status.PASSED)]
+    assert list(found[0].measurement.blocks[:3]) == first
+    assert len(found[0].measurement.blocks) == 5
+
+
+def test_a_problem_with_blocks_enough_is_finished_without_another(go):
+    class Keeping(Journal):
+        def add_block(self, progress, how):
+            self.progress = progress
+
+        def add(self, results):
+            raise Stops
+
+    journal = Keeping()
+    with pytest.raises(Stops):
+        go({"a": Right()}, journal=journal)
+    before = Progress(problem=PROBLEM, verdicts=dict(VERDICT), blocks=list(journal.progress.blocks))
+    journal = Journal()
+    (result,) = go({"a": Right()}, journal=journal, before={PROBLEM.case_id: before})
+    assert result.status is Status.PASSED
+    assert [event[0] for event in journal.events] == ["record", "ended"]
 
 
 @pytest.mark.parametrize("where", ["unsupported", "prepare", "call", "timing"])
@@ -444,8 +572,9 @@ def test_the_seed_decides_the_inputs(go):
                 return super().prepare(problem, q, k, v)
 
         go({"a": Watching(), "b": Watching()}, seed=seed)
-    assert len({tuple(q.flatten().tolist()) for q in seen[0]}) == 1
-    assert len(seen[0]) == 4
+    # Each backend prepares the inputs and, beside them, others.
+    assert [q.equal(seen[0][index % 2]) for index, q in enumerate(seen[0])] == [True] * 8
+    assert not seen[0][0].equal(seen[0][1])
     assert not seen[1][0].equal(seen[0][0])
 
 
@@ -462,7 +591,8 @@ def test_memory_is_let_go_after_each_problem(go):
 
     refs = []
     go({"a": Watching(), "b": Watching()}, problems=(PROBLEM, OTHER, Problem(**SHAPE | {"seqlen_q": 3})))
-    assert alive == [0, 1] * 3  # b finds a's inputs of the same problem, and none of an earlier one
+    # A twin finds the first; b finds a's inputs of the same problem, and none of an earlier one.
+    assert alive == [0, 1, 1, 2] * 3
 
 
 # What is as before afterwards
@@ -481,7 +611,8 @@ def test_no_garbage_is_collected_while_timing_and_it_is_again_afterwards(go):
 
     go({"a": Watching(), "bad": raising("timing", ValueError("x"))})
     assert len(enabled) >= 1 + LEAST_CALLS + 1
-    assert enabled == [True] + [False] * (len(enabled) - 2) + [True]
+    # The check, and both of two prepared side by side; the last call is on new inputs.
+    assert enabled == [True] * 3 + [False] * (len(enabled) - 4) + [True]
     assert gc.isenabled()
 
 

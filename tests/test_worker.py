@@ -13,19 +13,22 @@ import torch
 from attnbench.backend import Backend
 from attnbench.devices.cpu import CpuDevice
 from attnbench.jit import CompileError
+from attnbench.patches import Patch, Patched
 from attnbench.problem import Problem
 from attnbench.reference import make_inputs
 from attnbench.registry import BackendInfo, EntryPointRef
 from attnbench.result import Status
+from attnbench.seal import Seal
 from attnbench.worker import REASON_LENGTH, CaseFailed, Worker
 
 PROBLEM = Problem(seqlen_q=4, seqlen_k=6, head_dim=8, dtype="fp32")
 INPUTS = make_inputs(PROBLEM, 0)
+HOT = {"cold": False, "seed": 1, "look_at": []}
 INFO = BackendInfo("toy", "cpu", "", "", True, None, EntryPointRef("toy-dist", "1", "toy", "toy"))
 
 
 class Toy(Backend):
-    """Returns q; a test replaces what it wants broken."""
+    """Returns a copy of q; a test replaces what it wants broken."""
 
     name, device = "toy", "cpu"
 
@@ -33,7 +36,7 @@ class Toy(Backend):
         self.__dict__.update(broken)
 
     def prepare(self, problem, q, k, v):
-        return lambda: q
+        return lambda: q.clone()
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def worker():
     """A worker of the backend given, not yet prepared."""
 
     def make(backend, timeout_s=30.0):
-        return Worker(backend, CpuDevice(), timeout_s)
+        return Worker(backend, CpuDevice(), timeout_s, Seal())
 
     return make
 
@@ -99,7 +102,7 @@ def test_what_a_backend_raises_becomes_a_status_wherever_it_raises(worker, prepa
         ("parallel_units()", whole.parallel_units, (PROBLEM,)),
         ("prepare()", whole.prepare, (PROBLEM, INPUTS)),
         ("the call", called.output, ()),
-        ("a timed call", lambda: called.time_calls(2, cold=False), ()),
+        ("a timed call", lambda: called.time_calls(2, **HOT), ()),
         ("a call", called.host_us, (2,)),
     ):
         found, reason = failure(function, *arguments)
@@ -126,7 +129,7 @@ def test_an_interrupt_passes_through(worker, prepared, method):
     functions = {
         "prepare": lambda: broken.prepare(PROBLEM, INPUTS),
         "output": called.output,
-        "time_calls": lambda: called.time_calls(1, cold=False),
+        "time_calls": lambda: called.time_calls(1, **HOT),
     }
     with pytest.raises(KeyboardInterrupt):
         functions[method]()
@@ -200,7 +203,6 @@ def test_inputs_are_the_backends_own_copies_and_renewed_in_place(worker):
     made.renew(others)
     assert [tensor.data_ptr() for tensor in seen] == addresses
     assert [tensor.equal(value) for tensor, value in zip(seen, (others.q, others.k, others.v))] == [True] * 3
-    assert made.output().equal(others.q)
     assert all(now.equal(put) for now, put in zip(made.inputs(), (others.q, others.k, others.v)))
 
 
@@ -218,7 +220,7 @@ def test_the_inputs_read_back_are_what_the_backend_left(worker, name):
 
 @pytest.mark.parametrize("spoil", [lambda q: q.resize_(0), lambda q: q.requires_grad_()], ids=["resized", "grad"])
 def test_inputs_that_cannot_be_renewed_are_the_backends_failure(worker, spoil):
-    made = worker(Toy(prepare=lambda problem, q, k, v: lambda: spoil(q)))
+    made = worker(Toy(prepare=lambda problem, q, k, v: lambda: spoil(q).new_zeros(4)))
     made.prepare(PROBLEM, INPUTS)
     made.output()
     status, reason = failure(made.renew, make_inputs(PROBLEM, 1))
@@ -233,7 +235,7 @@ def test_prepare_comes_before_any_call_and_release_ends_it(worker):
             made.prepare(PROBLEM, INPUTS)
             made.output()
             made.release()
-        for function in (made.output, lambda: made.time_calls(1, cold=False), lambda: made.host_us(1)):
+        for function in (made.output, lambda: made.time_calls(1, **HOT), lambda: made.host_us(1)):
             with pytest.raises(RuntimeError, match=r"prepare\(\) comes before"):
                 function()
         with pytest.raises(RuntimeError, match=r"prepare\(\) comes before"):
@@ -269,7 +271,7 @@ def test_a_backend_that_takes_too_long_is_stopped_wherever_it_is(worker, prepare
         ("parallel_units()", whole.parallel_units, (PROBLEM,)),
         ("prepare()", whole.prepare, (PROBLEM, INPUTS)),
         ("the call", called.output, ()),
-        ("a timed call", lambda: called.time_calls(1, cold=False), ()),
+        ("a timed call", lambda: called.time_calls(1, **HOT), ()),
         ("a call", called.host_us, (1,)),
     ):
         whole.begin()
@@ -280,17 +282,19 @@ def test_a_backend_that_takes_too_long_is_stopped_wherever_it_is(worker, prepare
 def test_the_timeout_is_for_a_phase_in_all_and_each_phase_has_the_whole(prepared):
     def nap():
         time.sleep(0.2)
-        return INPUTS.q
+        return INPUTS.q.clone()
 
     made = prepared(nap, 0.7)
-    made.time_calls(2, cold=False)
-    assert failure(made.time_calls, 2, cold=False)[0] is Status.TIMEOUT
+    made.time_calls(2, **HOT)
+    assert failure(made.time_calls, 2, **HOT)[0] is Status.TIMEOUT
     assert failure(made.output)[0] is Status.TIMEOUT
     made.begin()
     assert made.output().equal(INPUTS.q)
 
 
-@pytest.mark.parametrize("call", [lambda: INPUTS.q, thrower(ValueError("x")), loop], ids=["fine", "raises", "hangs"])
+@pytest.mark.parametrize(
+    "call", [lambda: INPUTS.q.clone(), thrower(ValueError("x")), loop], ids=["fine", "raises", "hangs"]
+)
 def test_the_alarm_and_its_handler_are_as_before_afterwards(prepared, call):
     def mine(*_):
         raise AssertionError("the alarm rang after the call")
@@ -317,6 +321,107 @@ def test_outside_the_main_thread_a_worker_works_without_an_alarm(prepared):
 def test_times_come_one_a_call(prepared):
     calls = []
     made = prepared(lambda: calls.append(1) or time.sleep(0.001))
-    assert [len(made.time_calls(3, cold=False)), len(calls)] == [3, 3]
+    assert [len(made.time_calls(3, **HOT).times_us), len(calls)] == [3, 3]
     assert min(made.host_us(2)) >= 1000
     assert len(calls) == 5
+
+
+# Timed calls
+
+
+def test_every_timed_call_sees_the_inputs_of_its_patch_and_the_prepared_ones_come_back(worker):
+    seen, versions = [], []
+
+    def prepare(problem, q, k, v):
+        def call():
+            seen.append(tuple(tensor.clone() for tensor in (q, k, v)))
+            versions.append([tensor._version for tensor in (q, k, v)])
+            return torch.zeros(problem.out_shape)
+
+        return call
+
+    made = worker(Toy(prepare=prepare))
+    made.prepare(PROBLEM, INPUTS)
+    made.time_calls(20, cold=False, seed=7, look_at=[])
+    for call, tensors in enumerate(seen):
+        expected = make_inputs(PROBLEM, 0)
+        Patched(expected.q, expected.k, expected.v).lay(Patch.of(PROBLEM, 7, call))
+        assert all(now.equal(put) for now, put in zip(tensors, (expected.q, expected.k, expected.v)))
+    assert len({tuple(torch.cat([t.flatten() for t in tensors]).tolist()) for tensors in seen}) > 15
+    assert versions == [versions[0]] * 20
+    assert all(now.equal(put) for now, put in zip(made.inputs(), (INPUTS.q, INPUTS.k, INPUTS.v)))
+
+
+def test_the_inputs_come_back_after_a_timed_call_that_raises(worker):
+    made = worker(Toy(prepare=lambda *_: thrower(ValueError("no"))))
+    made.prepare(PROBLEM, INPUTS)
+    assert failure(made.time_calls, 3, **HOT)[0] is Status.RUNTIME_ERROR
+    assert all(now.equal(put) for now, put in zip(made.inputs(), (INPUTS.q, INPUTS.k, INPUTS.v)))
+
+
+def test_what_the_calls_looked_at_return_is_copied_at_once(prepared):
+    kept, calls = torch.zeros(PROBLEM.out_shape), []
+
+    def call():
+        calls.append(1)
+        return kept.fill_(len(calls))
+
+    timed = prepared(call).time_calls(6, cold=False, seed=1, look_at=[1, 4])
+    assert [output.unique().tolist() for output in timed.outputs] == [[2.0], [5.0]]
+    assert timed.elapsed_s * 1e6 >= sum(timed.times_us)
+
+
+def test_a_returned_tensor_is_nan_when_the_next_call_begins(prepared):
+    kept, found = torch.zeros(PROBLEM.out_shape), []
+
+    def call():
+        found.append(bool(kept.isnan().all()))
+        return kept.zero_() if len(found) < 3 else kept
+
+    made = prepared(call)
+    timed = made.time_calls(4, cold=False, seed=1, look_at=[3])
+    assert found == [False, True, True, True]
+    assert timed.outputs[0].isnan().all()
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_an_output_in_an_inputs_memory_is_refused(worker, twin):
+    made = worker(Toy(prepare=lambda problem, q, k, v: lambda: k[:, :, :4]))
+    made.prepare(PROBLEM, INPUTS)
+    made.prepare_twin(PROBLEM, INPUTS)
+    assert failure(made.output, twin=twin) == (Status.INCORRECT, "the output lies in the memory of its input k")
+    assert failure(made.time_calls, 1, cold=False, seed=1, look_at=[0])[0] is Status.INCORRECT
+
+
+def test_a_twin_is_prepared_beside_the_first_and_let_go_alone(worker):
+    made = worker(Toy(prepare=lambda problem, q, k, v: lambda: q.clone()))
+    others = make_inputs(PROBLEM, 1)
+    made.prepare(PROBLEM, INPUTS)
+    made.prepare_twin(PROBLEM, others)
+    assert made.output(twin=True).equal(others.q)
+    assert made.output().equal(INPUTS.q)
+    made.release_twin()
+    assert made.output().equal(INPUTS.q)
+    with pytest.raises(RuntimeError, match="comes before any call of the twin"):
+        made.output(twin=True)
+
+
+@pytest.mark.parametrize("where", ["unsupported", "prepare", "parallel_units"])
+def test_a_clock_that_was_changed_is_tampered_wherever_it_happens(worker, monkeypatch, where):
+    monkeypatch.setattr(time, "perf_counter", time.perf_counter)  # so that it is put back
+
+    def change(*_):
+        time.perf_counter = lambda: 0.0
+
+    made = worker(Toy(**{where: change}))
+    asked = {
+        "unsupported": lambda: made.unsupported(PROBLEM),
+        "prepare": lambda: made.prepare(PROBLEM, INPUTS),
+        "parallel_units": lambda: made.parallel_units(PROBLEM),
+    }
+    status, reason = failure(asked[where]) if where != "prepare" else failure(made.prepare, PROBLEM, INPUTS)
+    assert (status, reason) in (
+        (Status.TAMPERED, "it changed time.perf_counter"),
+        (Status.RUNTIME_ERROR, "prepare(): TypeError: it returned a NoneType, nothing to call"),
+    )
+    assert failure(made.begin) == (Status.TAMPERED, "it changed time.perf_counter")

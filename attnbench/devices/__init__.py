@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,12 +56,26 @@ class DeviceInfo:
         return info
 
 
+class Exercise(Protocol):
+    """What happens between timed calls, untimed."""
+
+    def before(self, index: int) -> None:
+        """Change the inputs before call `index`."""
+        ...
+
+    def after(self, index: int, output: Tensor) -> None:
+        """Look at what call `index` returned, at once."""
+        ...
+
+
 class Device(Protocol):
     """How one kind of device is synchronised, timed, flushed and read."""
 
     kind: DeviceKind
     timing_method: str
     """Names in every row how `time_calls` takes its times."""
+    calls_a_change: int
+    """How many calls in a row `time_calls` times on the same inputs."""
 
     def unavailable(self) -> str | None:
         """Why this machine has no such device, with the step that would help; None where it has."""
@@ -79,8 +93,17 @@ class Device(Protocol):
         """Evict what the last-level cache holds of earlier calls."""
         ...
 
-    def time_calls(self, call: Callable[[], Tensor], count: int, *, cold: bool) -> list[float]:
-        """Time `count` calls, one time in µs each; `cold` flushes the cache, untimed, before each."""
+    def time_calls(
+        self, call: Callable[[], Tensor], count: int, *, cold: bool, exercise: Exercise | None = None
+    ) -> list[float]:
+        """Time `count` calls, one time in µs each; `cold` flushes the cache, untimed, before each.
+
+        `exercise.before` is told of the first of every `calls_a_change` calls, `exercise.after` of each.
+        """
+        ...
+
+    def timing_functions(self) -> Iterable[tuple[object, str]]:
+        """(owner, name) of what synchronises and times the device, beside the clocks of module `time`."""
         ...
 
     def host_us(self, call: Callable[[], Tensor], count: int) -> list[float]:

@@ -6,13 +6,13 @@ import functools
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from attnbench.devices import DeviceInfo
+from attnbench.devices import DeviceInfo, Exercise
 from attnbench.problem import DeviceKind
 
 DEFAULT_CACHE_BYTES = 64 << 20
@@ -24,6 +24,7 @@ class CpuDevice:
 
     kind: DeviceKind = "cpu"
     timing_method = "host_clock"
+    calls_a_change = 1
 
     def unavailable(self) -> str | None:
         return None
@@ -41,19 +42,33 @@ class CpuDevice:
     def flush_cache(self) -> None:
         self._flush_buffer.add_(1.0)
 
-    def time_calls(self, call: Callable[[], Tensor], count: int, *, cold: bool) -> list[float]:
+    def time_calls(
+        self, call: Callable[[], Tensor], count: int, *, cold: bool, exercise: Exercise | None = None
+    ) -> list[float]:
         clock = time.perf_counter_ns
         times = []
-        for _ in range(count):
+        for index in range(count):
+            if exercise is not None:
+                exercise.before(index)
             if cold:
                 self.flush_cache()
             start = clock()
-            call()
+            output = call()
             times.append(clock() - start)
+            if exercise is not None:
+                exercise.after(index, output)
         return [max(nanoseconds, 1) / 1e3 for nanoseconds in times]
+
+    def timing_functions(self) -> Iterable[tuple[object, str]]:
+        return ()
 
     def host_us(self, call: Callable[[], Tensor], count: int) -> list[float]:
         return self.time_calls(call, count, cold=False)
+
+    def reading(self):
+        from attnbench.devices import Reading
+
+        return Reading(clock_mhz=self.clock_mhz())
 
     def clock_mhz(self) -> float | None:
         readings = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
+
+from attnbench.devices import Exercise
 
 
 class EventTimer:
@@ -18,6 +20,8 @@ class EventTimer:
     """
 
     timing_method = "device_events"
+    calls_a_change = 8
+    """A change of the inputs takes the host ten launches, which before every call would leave the queue empty."""
     FLUSH_BYTES = 256 << 20
 
     def __init__(self, api: Any, torch_device: str) -> None:
@@ -37,15 +41,28 @@ class EventTimer:
     def flush_cache(self) -> None:
         self._flush_buffer.zero_()
 
-    def time_calls(self, call: Callable[[], Tensor], count: int, *, cold: bool) -> list[float]:
+    def timing_functions(self) -> Iterable[tuple[object, str]]:
+        api = self._api
+        names = ("synchronize", "Event", "Stream", "current_stream", "default_stream", "stream", "current_device")
+        found = [(api, name) for name in names if hasattr(api, name)]
+        methods = ("record", "elapsed_time", "synchronize", "query", "wait")
+        return [*found, *((api.Event, name) for name in methods if hasattr(api.Event, name))]
+
+    def time_calls(
+        self, call: Callable[[], Tensor], count: int, *, cold: bool, exercise: Exercise | None = None
+    ) -> list[float]:
         pairs = []
-        for _ in range(count):
+        for index in range(count):
+            if exercise is not None and index % self.calls_a_change == 0:
+                exercise.before(index)
             if cold:
                 self.flush_cache()
             start, end = self._api.Event(enable_timing=True), self._api.Event(enable_timing=True)
             start.record()
-            call()
+            output = call()
             end.record()
+            if exercise is not None:
+                exercise.after(index, output)
             pairs.append((start, end))
         self.synchronize()
         # Events resolve about half a microsecond; an empty call may take none of it.

@@ -1,0 +1,149 @@
+"""Owns what one block gave, and how the blocks of a problem become measurements. Knows no file and no clock.
+
+A block is the unit of evidence: fresh processes, freshly prepared, timed in interleaved rounds. Its calls are
+correlated; blocks are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from attnbench.problem import DeviceKind, Problem
+from attnbench.result import CacheState, Check, Conditions, Measurement, Result, Statistic, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the machine was like during one round; None where it cannot be read."""
+
+    load: float | None = None
+    steal: float | None = None
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+    causes: tuple[str, ...] = ()
+    """What disturbed the round, in words; empty where nothing did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lap:
+    """What one backend gave in a block."""
+
+    times_us: tuple[float, ...]
+    host_us: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """All backends of one problem in one block."""
+
+    laps: Mapping[str, Lap]
+    """By backend."""
+    seen: tuple[Seen, ...]
+    """Of every round that was kept."""
+    dropped: tuple[Seen, ...] = ()
+    """Of every round that was thrown away."""
+    spent_s: float
+    """Seconds that its rounds took, dropped ones included."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Block:
+        """The block that `to_json` wrote. Raises ValueError, KeyError or TypeError where it is none."""
+        return cls(
+            laps={
+                name: Lap(times_us=tuple(lap["times_us"]), host_us=tuple(lap["host_us"]))
+                for name, lap in data["laps"].items()
+            },
+            seen=tuple(_seen(item) for item in data["seen"]),
+            dropped=tuple(_seen(item) for item in data["dropped"]),
+            spent_s=float(data["spent_s"]),
+        )
+
+
+def _seen(data: Mapping[str, Any]) -> Seen:
+    return Seen(**{**data, "causes": tuple(data["causes"])})
+
+
+@dataclass(frozen=True)
+class How:
+    """How all blocks of a run are timed."""
+
+    device: DeviceKind
+    timing_method: str
+    statistic: Statistic
+    cache: CacheState
+
+
+def measurement(blocks: Sequence[Block], backend: str, how: How) -> Measurement:
+    """What `blocks`, at least one, say of one backend, which is in all of them."""
+    laps = [block.laps[backend] for block in blocks]
+    seen = [item for block in blocks for item in block.seen]
+    dropped = [item for block in blocks for item in block.dropped]
+    return Measurement(
+        blocks=tuple(lap.times_us for lap in laps),
+        statistic=how.statistic,
+        timing_method=how.timing_method,
+        cache=how.cache,
+        host_us=round(statistics.median(value for lap in laps for value in lap.host_us), 4),
+        clock_mhz=_median(item.clock_mhz for item in seen),
+        conditions=Conditions(
+            rounds=len(seen),
+            rounds_dropped=len(dropped),
+            rounds_disturbed=sum(bool(item.causes) for item in seen),
+            causes=tuple(dict.fromkeys(cause for item in (*dropped, *seen) for cause in item.causes)),
+            load=_median(item.load for item in seen),
+            steal=_median(item.steal for item in seen),
+            temperature_c=max((item.temperature_c for item in seen if item.temperature_c is not None), default=None),
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is known of a backend on a problem before it is timed."""
+
+    check: Check
+    used_cores: int | None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Verdict:
+        return cls(check=Check(**data["check"]), used_cores=data["used_cores"])
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is with one problem."""
+
+    problem: Problem
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    """Of the backends that are being timed."""
+    blocks: list[Block] = field(default_factory=list)
+    """Each holds all of those."""
+    results: dict[str, Result] = field(default_factory=dict)
+    """Of the backends that are done."""
+
+    def timed(self, how: How) -> list[Result]:
+        """What the blocks, at least one, say so far of the backends that are being timed."""
+        return [
+            Result(
+                problem=self.problem,
+                backend=name,
+                device=how.device,
+                status=Status.PASSED,
+                check=verdict.check,
+                measurement=measurement(self.blocks, name, how),
+                used_cores=verdict.used_cores,
+            )
+            for name, verdict in self.verdicts.items()
+        ]
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(statistics.median(known), 4) if known else None
