@@ -189,7 +189,7 @@ class _Round:
             protocol,
             seed=derive_seed(self._seed, self._problem.case_id, "order"),
             timing_method=self._plan.device.timing_method,
-            clock_mhz=self._plan.device.clock_mhz,
+            clock_mhz=lambda: self._plan.device.reading().clock_mhz,
             expected=CaseFailed,
             failed=failed,
         )

@@ -14,10 +14,10 @@ import attnbench
 PACKAGE = ROOT / "attnbench"
 
 LAYERS = (
-    ("errors", "settings", "stats", "text"),
+    ("contention", "errors", "settings", "stats", "text"),
     ("problem", "result", "backend", "hookspecs"),
     ("jit", "devices", "reference"),
-    ("registry", "protocol", "rows", "store", "environment"),
+    ("registry", "protocol", "roofline", "rows", "store", "environment"),
     ("plan", "worker", "wire", "keeper"),
     ("serve", "isolation"),
     ("runner",),
@@ -132,7 +132,7 @@ def test_pandas_and_tabulate_live_only_in_report(module):
 
 @pytest.mark.parametrize("module", modules(), ids=lambda m: m or "attnbench")
 def test_torch_is_imported_with_a_module_only_where_something_is_computed(module):
-    computes = {"reference", "devices.cpu", "devices.cuda", "devices.npu", "devices.events"}
+    computes = {"reference", "devices.cpu", "devices.cuda", "devices.npu", "devices.events", "devices.peaks"}
     tops = {name.split(".")[0] for name in imported(module, lazy=False)}
     assert ("torch" in tops) is (module in computes)
 
