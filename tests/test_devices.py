@@ -494,7 +494,6 @@ def test_an_h100s_l2_holds_50_mib_and_gives_10_terabytes_a_second():
 def test_every_gpus_fp32_is_its_lanes_times_2_times_a_clock_that_gpus_have(gpu):
     lanes = 64 if gpu.fp32 / gpu.cores < 0.21 else 128  # an SM of Volta, Turing and GA100, and of those after
     assert 1.4 < gpu.fp32 * 1e3 / (2 * lanes * gpu.cores) < 2.6
-    assert 4 * gpu.fp32 < gpu.fp16 * 1.35
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@
 //   attnbench_bf16_gflops(threads)                   GFLOP/s of bf16 dot products into fp32; 0 without AVX512-BF16
 //   attnbench_read_gbps(threads, bytes_per_thread)   GB/s read over and over, each thread its own bytes
 //
-// Each is the best of several short windows that all threads start together: on a machine shared with others only the
-// best says anything of the hardware. Needs -ffp-contract=fast for the multiply-adds; no data leaves this file.
+// Each is the sum of every thread's best moment while all of them work, so that it stays an upper bound on a machine
+// shared with others, where the threads seldom run undisturbed all at once. Needs -ffp-contract=fast for the
+// multiply-adds.
 
 #include <algorithm>
 #include <atomic>
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -27,10 +29,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
-// Measured on a shared 2-core EPYC: windows of 5 ms fall between two time slices of a neighbour often enough that the
-// best of 10 repeats within 3 %; the best of 3 does within 15 %.
-constexpr int kWindows = 10;
-constexpr std::chrono::milliseconds kWindow{5};
+// Measured on a 2-core EPYC, 12 times each, alone and with two busy loops beside it: moments of 1 ms gave 200 to
+// 205 GFLOP/s either way, moments of 3 ms once 166; the best 5 ms of both threads at once, 205 alone, gave 102.
+constexpr std::chrono::milliseconds kTotal{50};
+constexpr std::chrono::microseconds kMoment{1000};
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -50,29 +52,26 @@ void keep(T& value) {
     asm volatile("" : "+m"(value) : : "memory");
 }
 
-struct Span {
-    Clock::time_point start, end;
-    double amount;
-};
-
 // The best rate of all threads together, in amount a second. make() gives a thread's work, called within the thread:
 // a callable that does some 10 µs of it and returns how much that was.
 template <class Make>
 double best_rate(int threads, Make make) {
-    std::vector<Span> spans(static_cast<std::size_t>(threads) * kWindows);
-    std::atomic<int> arrived{0}, crowd{0};  // crowd: how many threads there are, once that is known
+    std::atomic<int> ready{0};
+    std::atomic<Clock::rep> deadline{0};  // one for all: who comes late must not go on alone, with the memory for itself
+    std::vector<double> best(static_cast<std::size_t>(threads), 0.0);
     auto body = [&](int thread) {
         auto work = make();
         work();
-        for (int window = 0; window < kWindows; ++window) {
-            arrived.fetch_add(1);
-            while (crowd.load() == 0 || arrived.load() < crowd.load() * (window + 1)) std::this_thread::yield();
-            Span span{Clock::now(), {}, 0.0};
+        ready.fetch_add(1);
+        while (deadline.load() == 0) std::this_thread::yield();
+        const Clock::time_point end{Clock::duration(deadline.load())};
+        for (auto start = Clock::now(), now = start; now < end; start = now) {
+            double amount = 0.0;
             do {
-                span.amount += work();
-                span.end = Clock::now();
-            } while (span.end - span.start < kWindow);
-            spans[static_cast<std::size_t>(window) * threads + thread] = span;
+                amount += work();
+                now = Clock::now();
+            } while (now - start < kMoment);
+            best[thread] = std::max(best[thread], amount / Seconds(now - start).count());
         }
     };
     std::vector<std::thread> pool;
@@ -81,23 +80,10 @@ double best_rate(int threads, Make make) {
     } catch (const std::system_error&) {
         // Fewer threads than asked for; those that run must not wait for the others.
     }
-    const int running = static_cast<int>(pool.size());
-    crowd.store(running);
+    while (ready.load() < static_cast<int>(pool.size())) std::this_thread::yield();
+    deadline.store((Clock::now() + kTotal).time_since_epoch().count());
     for (auto& thread : pool) thread.join();
-
-    double best = 0.0;
-    for (int window = 0; window < kWindows && running > 0; ++window) {
-        const Span* row = &spans[static_cast<std::size_t>(window) * threads];
-        auto start = row[0].start, end = row[0].end;
-        double amount = 0.0;
-        for (int thread = 0; thread < running; ++thread) {
-            start = std::min(start, row[thread].start);
-            end = std::max(end, row[thread].end);
-            amount += row[thread].amount;
-        }
-        best = std::max(best, amount / Seconds(end - start).count());
-    }
-    return best;
+    return std::accumulate(best.begin(), best.end(), 0.0);
 }
 
 struct MultiplyAdd {
