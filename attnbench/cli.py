@@ -257,6 +257,7 @@ def run(
         from attnbench import api, ledger
         from attnbench.ledger import Ledger
         from attnbench.protocol import Protocol, make_protocol
+        from attnbench.runner import DEFAULT_TIMEOUT_S
 
         api.require_timeout(timeout)
         books = Ledger()
@@ -266,7 +267,7 @@ def run(
             resume, out = _run_to_resume(resume, out), None
             earlier = api.Earlier.of(resume)
             how = earlier.protocol if how == Protocol() else how
-            seed, timeout = seed or earlier.seed, earlier.timeout_s if timeout == api.DEFAULT_TIMEOUT_S else timeout
+            seed, timeout = seed or earlier.seed, earlier.timeout_s if timeout == DEFAULT_TIMEOUT_S else timeout
             if selection.is_default:
                 selection, suite_before = earlier.selection, earlier.suite
         with books.spend(ledger.START):

@@ -8,9 +8,9 @@ import platform
 import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from attnbench import contention
 from attnbench.registry import Catalogue
 
 ENVIRONMENT_VARIABLES = (
@@ -88,23 +88,21 @@ def _version(name: str) -> str | None:
 
 
 def busy_share(seconds: float = 0.3) -> float | None:
-    """The share of all processors that programs use while this one sleeps that long; None where it cannot be read."""
-    before = _cpu_ticks()
+    """The share of all processors that others use while this process sleeps that long; None where it cannot be read."""
+    before = contention.sample()
     time.sleep(seconds)
-    after = _cpu_ticks()
-    if before is None or after is None or after[1] <= before[1]:
+    after = contention.sample()
+    if before is None or after is None:
         return None
-    return 1 - (after[0] - before[0]) / (after[1] - before[1])
+    share = contention.between(before, after)
+    return min(1.0, share.others + share.steal)
 
 
-def _cpu_ticks() -> tuple[int, int] | None:
-    """Idle and total ticks of all processors since the start, from /proc/stat."""
-    try:
-        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    except (OSError, ValueError, IndexError):
-        return None
-    return fields[3] + fields[4], sum(fields)
-
-
-def limitations():
-    return ()
+def limitations() -> tuple[str, ...]:
+    """What this system does not let attnbench do, one note each; none on Linux."""
+    if sys.platform == "linux":
+        return ()
+    return (
+        "what a backend's own processes start may outlive attnbench: only Linux can hold them",
+        "the load of other programs and of other virtual machines is not read: look for it yourself",
+    )

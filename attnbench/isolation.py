@@ -153,8 +153,8 @@ class IsolatedWorker:
         for place in places:
             place.fill_(math.nan)
         start_s = time.monotonic()
-        how = {"cold": cold, "seed": seed, "look_at": list(look_at)}
-        answer = self._ask("time_calls", lambda value: _is_timing(value, count), count=count, **how)
+        how: dict[str, Any] = {"count": count, "cold": cold, "seed": seed, "look_at": list(look_at)}
+        answer = self._ask("time_calls", lambda value: _is_timing(value, count), **how)
         timed = Timed(answer["times_us"], answer["elapsed_s"], [place.clone() for place in places])
         between_s = count * (BETWEEN_CALLS_S + self._memory.outputs[0].nbytes / FILL_BYTES_S)
         if cold or self._info.device != "cpu":  # flushing, or the device itself, takes time too

@@ -225,13 +225,19 @@ class Problem:
         """
         if self.dtype == "auto":
             raise ValueError("bytes_moved needs a dtype: call resolve(device) first")
+        out = self.batch * self.heads_q * self.seqlen_q * self.head_dim_v * ITEM_BYTES[self.dtype]
+        forward, backward = self.input_bytes + out, 2 * self.input_bytes + 2 * out
+        return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[self.direction]
+
+    @functools.cached_property
+    def input_bytes(self) -> int:
+        """The bytes of q, k and v that are visible, which every direction reads. Raises ValueError as `bytes_moved`."""
+        if self.dtype == "auto":
+            raise ValueError("input_bytes needs a dtype: call resolve(device) first")
         keys = self._visible_keys if self._masked else self.seqlen_k
-        heads = self.batch * self.heads_q
-        q, out = heads * self.visible_rows * self.head_dim, heads * self.seqlen_q * self.head_dim_v
+        q = self.batch * self.heads_q * self.visible_rows * self.head_dim
         kv = self.batch * self.heads_kv * keys * (self.head_dim + self.head_dim_v)
-        forward, backward = q + kv + out, 2 * (q + kv) + 2 * out
-        items = {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[self.direction]
-        return items * ITEM_BYTES[self.dtype]
+        return (q + kv) * ITEM_BYTES[self.dtype]
 
     @property
     def _masked(self) -> bool:

@@ -1,4 +1,4 @@
-"""Owns how backends are timed side by side: rounds, what disturbs one, when there are blocks enough. Knows only lanes."""
+"""Owns how backends are timed side by side: rounds, what disturbs one, when to stop. Knows only lanes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MIN_CALLS = 2
 MAX_CALLS = 5000
 """…with no fewer and no more calls than these: calls of 10 µs still make 50 ms."""
 MAX_DROPS = 3
-"""Rounds of a block that may be thrown away; where the machine is always disturbed, further ones are kept and counted."""
+"""Rounds of a block that may be thrown away; further disturbed ones are kept and counted."""
 LOOKS = (5, 8, 12, 18)
 """`adaptive` looks at the intervals after this many blocks, and ends with the last."""
 FIXED_BLOCKS, FIXED_CALLS = 5, 20

@@ -97,8 +97,8 @@ class _Host:
         if do == "time_calls":
             how = {name: message[name] for name in ("cold", "seed", "look_at")}
             timed = worker.time_calls(message["count"], **how)
-            for place, output in zip(region.outputs, timed.outputs):
-                place.copy_(output)
+            for place, returned in zip(region.outputs, timed.outputs):
+                place.copy_(returned)
             return {"times_us": timed.times_us, "elapsed_s": timed.elapsed_s}
         output = worker.output(twin=message["twin"])
         if fault := form_fault(problem, output):

@@ -1,4 +1,4 @@
-"""Owns one block of one problem: prepare, check, time side by side, judge what was timed. Knows no order of problems."""
+"""Owns one block of one problem: prepare, check, time side by side, judge what was timed. Knows no record."""
 
 from __future__ import annotations
 

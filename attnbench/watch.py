@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnbench import load
+from attnbench import contention
 from attnbench.blocks import Seen
 from attnbench.devices import Device, Reading
 
@@ -17,17 +17,17 @@ class MachineWatch:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._before: load.Load | None = None
+        self._before: contention.Load | None = None
         self._reading = Reading()
 
     def start(self) -> None:
         self._reading = self._device.reading()
-        self._before = load.sample()
+        self._before = contention.sample()
 
     def stop(self) -> Seen:
-        after = load.sample()
+        after = contention.sample()
         readings = (self._reading, self._device.reading())
-        share = load.between(self._before, after) if self._before and after else None
+        share = contention.between(self._before, after) if self._before and after else None
         causes = [f"throttling ({why})" for why in dict.fromkeys(why for r in readings for why in r.throttled)]
         if share is not None and share.others > MAX_OTHERS:
             causes.append("other programs")

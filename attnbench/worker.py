@@ -150,7 +150,7 @@ class Worker:
         return self._taken(output, inputs)
 
     def warm_up(self, seconds: float, seed: int) -> float:
-        """Call as `time_calls` does for at least that long; gives the median time in µs of the later half of the calls."""
+        """Call as `time_calls` does, for at least that long; gives the median time in µs of the later half."""
         exercise = self._exercise(seed)
         with _no_collection(), self._guard("a warm-up call"):
             start_s, count = time.monotonic(), 1
@@ -290,15 +290,15 @@ class _Exercise:
         self._patched.lay(Patch.of(self._problem, self._seed, index))
 
     def after(self, index: int, output: object) -> None:
-        plain = type(output) is torch.Tensor
+        plain = output if type(output) is torch.Tensor else None
         if index in self._look_at:
-            if plain:
-                _refuse_alias(output, self._tensors)  # type: ignore[arg-type]
-            self.outputs.append(_CLONE(output) if plain else output)
+            if plain is not None:
+                _refuse_alias(plain, self._tensors)
+            self.outputs.append(output if plain is None else _CLONE(plain))
         # A call that returns without having written all of its output cannot hide behind what the last one wrote.
-        if plain and (index + 1) % self._calls_a_change == 0:
+        if plain is not None and (index + 1) % self._calls_a_change == 0:
             with contextlib.suppress(RuntimeError):  # of a shape that cannot be filled, as the judge will say
-                _FILL(output.data, math.nan)  # type: ignore[attr-defined]
+                _FILL(plain.data, math.nan)
 
     def end(self) -> None:
         self._patched.restore()

@@ -6,16 +6,17 @@ import dataclasses
 import json
 import sys
 import time
+import types
 
 import pytest
 import torch
 
 from attnbench import devices
-from attnbench.devices import DeviceInfo, cpu, npu
+from attnbench.devices import DeviceInfo, Reading, cpu, cuda, npu
 from attnbench.devices.cpu import DEFAULT_CACHE_BYTES, CpuDevice, cpu_name, last_level_cache_bytes
 from attnbench.devices.cuda import CudaDevice
 from attnbench.devices.events import EventTimer
-from attnbench.devices.known import known_device
+from attnbench.devices.known import NVIDIA, known_device
 from attnbench.devices.npu import NpuDevice
 from attnbench.errors import AttnbenchError
 
@@ -90,12 +91,12 @@ def test_cache_sizes_are_read_as_the_kernel_writes_them(text, size):
 
 
 def test_the_last_level_cache_is_the_largest_one_or_a_safe_guess(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "Path", lambda _: tmp_path)
+    monkeypatch.setattr(cpu, "CPUS", tmp_path)
     assert last_level_cache_bytes() == DEFAULT_CACHE_BYTES == 64 << 20
     for index, size in enumerate(("32K", "1M", "24M", "junk")):
-        (tmp_path / f"index{index}").mkdir()
-        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
-    monkeypatch.setattr(cpu, "_read", lambda path: path.read_text())
+        place = tmp_path / "cpu0" / "cache" / f"index{index}"
+        place.mkdir(parents=True)
+        (place / "size").write_text(size + "\n")
     assert last_level_cache_bytes() == 24 << 20
 
 
@@ -113,13 +114,58 @@ cpu MHz\t\t: 2000.0
 def test_name_and_clock_are_read_from_cpuinfo(monkeypatch):
     monkeypatch.setattr(cpu, "_read", lambda path: CPUINFO if path == "/proc/cpuinfo" else "")
     assert cpu_name() == "Fine Processor 9000"
-    assert CpuDevice().clock_mhz() == 3000.5
+    assert CpuDevice().reading().clock_mhz == 3000.5
 
 
-def test_without_cpuinfo_there_is_a_name_and_no_clock(monkeypatch):
+def test_without_cpuinfo_there_is_a_name_and_no_reading(monkeypatch):
     monkeypatch.setattr(cpu, "_read", lambda path: "")
     assert cpu_name()
-    assert CpuDevice().clock_mhz() is None
+    assert CpuDevice().reading() == Reading()
+
+
+@pytest.fixture
+def sysfs(tmp_path, monkeypatch):
+    """A /sys of the test's own, and no /proc/cpuinfo: writes files given by path and text."""
+    read = cpu._read
+    monkeypatch.setattr(cpu, "_read", lambda path: "" if path == "/proc/cpuinfo" else read(path))
+    monkeypatch.setattr(cpu, "CPUS", tmp_path / "cpu")
+    monkeypatch.setattr(cpu, "THERMAL", tmp_path / "thermal")
+
+    def write(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text + "\n")
+
+    return write
+
+
+def test_where_cpuinfo_has_no_clock_the_busiest_cores_frequency_is_read(sysfs):
+    sysfs({f"cpu/cpu{i}/cpufreq/scaling_cur_freq": khz for i, khz in enumerate(["900000", "2600500", "<unknown>"])})
+    sysfs({"cpu/cpufreq/scaling_cur_freq": "9999999"})
+    assert CpuDevice().reading().clock_mhz == 2600.5
+
+
+def test_the_temperature_is_the_hottest_of_the_processors_sensors(sysfs):
+    zones = [("acpitz", "99000"), ("x86_pkg_temp", "61500"), ("cpu-thermal", "58000"), ("SoC", "0"), ("cpu1", "")]
+    for index, (kind, millidegrees) in enumerate(zones):
+        sysfs({f"thermal/thermal_zone{index}/type": kind, f"thermal/thermal_zone{index}/temp": millidegrees})
+    assert CpuDevice().reading() == Reading(clock_mhz=None, temperature_c=61.5)
+
+
+def test_all_caches_of_a_level_count_once_each_and_code_not_at_all(sysfs):
+    for core, pair in enumerate(["0-1", "0-1", "2-3", "2-3"]):
+        for index, (level, kind, size, shared) in enumerate(
+            [
+                ("1", "Data", "32K", str(core)),
+                ("1", "Instruction", "64K", str(core)),
+                ("2", "Unified", "1M", pair),
+                ("3", "Unified", "24M", "0-3"),
+            ]
+        ):
+            place = f"cpu/cpu{core}/cache/index{index}"
+            sysfs({f"{place}/level": level, f"{place}/type": kind, f"{place}/size": size})
+            sysfs({f"{place}/shared_cpu_list": shared})
+    assert [cpu.total_cache_bytes(level) for level in (1, 2, 3, 4)] == [128 << 10, 2 << 20, 24 << 20, 0]
 
 
 def test_a_cpus_cores_are_the_threads_in_use():
@@ -230,15 +276,104 @@ def test_a_cuda_torch_without_a_gpu_says_what_to_check(monkeypatch):
     assert "check nvidia-smi and CUDA_VISIBLE_DEVICES" in CudaDevice().unavailable()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no driver"), ModuleNotFoundError("pynvml")])
-def test_a_gpu_clock_that_cannot_be_read_is_none(monkeypatch, error):
-    def clock_rate():
-        raise error
+UUID = "0dd6b3e0-1111-2222-3333-444455556666"
+NVML = f"""
+class NVMLError(Exception):
+    pass
 
-    monkeypatch.setattr(torch.cuda, "clock_rate", clock_rate)
-    assert CudaDevice().clock_mhz() is None
-    monkeypatch.setattr(torch.cuda, "clock_rate", lambda: 1980)
-    assert CudaDevice().clock_mhz() == 1980.0
+NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+ready = 0
+
+def nvmlInit():
+    global ready
+    ready += 1
+
+def nvmlDeviceGetHandleByUUID(uuid):
+    if uuid != "GPU-{UUID}":
+        raise NVMLError("not found")
+    return "by uuid"
+
+def nvmlDeviceGetHandleByPciBusId(place):
+    if place != "00000001:A3:00.0":
+        raise NVMLError("not found")
+    return "by bus"
+
+def nvmlDeviceGetClockInfo(handle, clock):
+    assert ready == 1 and handle in ("by uuid", "by bus") and clock == NVML_CLOCK_SM
+    return 1755
+
+def nvmlDeviceGetTemperature(handle, sensor):
+    assert sensor == NVML_TEMPERATURE_GPU
+    return 64
+
+def nvmlDeviceGetCurrentClocksEventReasons(handle):
+    return 0x1 | 0x2 | 0x4 | 0x20 | 0x40
+"""
+
+
+@pytest.fixture
+def nvml(tmp_path, monkeypatch):
+    """Installs a fake nvidia-ml-py, and a GPU that torch knows by these properties."""
+
+    def install(body, **properties):
+        if body is not None:
+            (tmp_path / "pynvml.py").write_text(body)
+            monkeypatch.syspath_prepend(str(tmp_path))
+        else:
+            monkeypatch.setitem(sys.modules, "pynvml", None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(**properties))
+
+    def forget():
+        cuda._nvml.cache_clear()
+        cuda._handle.cache_clear()
+        sys.modules.pop("pynvml", None)
+
+    forget()
+    yield install
+    forget()
+
+
+BUS = {"pci_domain_id": 1, "pci_bus_id": 0xA3, "pci_device_id": 0}
+
+
+@pytest.mark.parametrize("properties", [{"uuid": UUID}, BUS, BUS | {"uuid": "a-mig-slice"}], ids=["uuid", "bus", "mig"])
+def test_a_gpus_reading_is_of_the_gpu_that_torch_uses(nvml, properties):
+    nvml(NVML, **properties)
+    reading = Reading(clock_mhz=1755.0, temperature_c=64.0, throttled=("power cap", "heat"))
+    assert CudaDevice().reading() == reading
+    assert CudaDevice().reading() == reading  # nvmlInit once
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (None, Reading()),
+        (NVML + "\ndef nvmlInit():\n    raise NVMLError('no driver')\n", Reading()),
+        (NVML + "\ndel nvmlDeviceGetHandleByUUID\n", Reading()),
+        (
+            NVML + "\ndef nvmlDeviceGetTemperature(handle, sensor):\n    raise NVMLError('not supported')\n"
+            "def nvmlDeviceGetCurrentClocksEventReasons(handle):\n    raise NVMLError('function not found')\n"
+            "def nvmlDeviceGetCurrentClocksThrottleReasons(handle):\n    return 0x88\n",
+            Reading(clock_mhz=1755.0, throttled=("hardware slowdown", "power brake")),
+        ),
+        (
+            NVML + "\ndel nvmlDeviceGetCurrentClocksEventReasons\n",
+            Reading(clock_mhz=1755.0, temperature_c=64.0),
+        ),
+    ],
+    ids=["not installed", "no driver", "no such gpu", "older driver", "no reasons"],
+)
+def test_what_nvml_does_not_tell_stays_open(nvml, body, expected):
+    nvml(body, uuid=UUID)
+    assert CudaDevice().reading() == expected
+
+
+def test_a_gpus_info_is_the_tables_with_the_sms_that_torch_counts(nvml):
+    nvml(NVML, name="NVIDIA H100 80GB HBM3", multi_processor_count=131)
+    assert CudaDevice().info() == dataclasses.replace(known_device("NVIDIA H100 80GB HBM3", "cuda"), cores=131)
+    nvml(NVML, name="NVIDIA Z1", multi_processor_count=9)
+    assert CudaDevice().info() == DeviceInfo(kind="cuda", name="NVIDIA Z1", cores=9)
 
 
 @pytest.fixture
@@ -274,7 +409,7 @@ def test_an_npu_that_torch_npu_brings_is_available_and_known_by_name(sdk):
     assert (info.kind, info.name, info.cores) == ("npu", "Ascend910B2", 24)
     assert info.peak_tflops == {"fp16": 353.9, "bf16": 353.9}
     device.synchronize()
-    assert device.clock_mhz() is None
+    assert device.reading() == Reading()
 
 
 @pytest.mark.parametrize(
@@ -322,19 +457,87 @@ def test_an_ascends_peak_is_cores_times_16_cubed_times_2_times_its_clock(name, c
     assert info.peak_tflops["fp16"] == pytest.approx(cores * 16**3 * 2 * clock_ghz / 1e3, abs=0.06)
 
 
+@pytest.mark.parametrize(
+    ("name", "sms", "fp16", "bf16", "fp32", "memory_gbps"),
+    [
+        ("NVIDIA H100 80GB HBM3", 132, 989.4, 989.4, 66.9, 3352),
+        ("NVIDIA H100 PCIe", 114, 756.0, 756.0, 51.2, 2039),
+        ("NVIDIA H100 NVL", 132, 835.5, 835.5, 60.3, 3938),
+        ("NVIDIA H200", 132, 989.4, 989.4, 66.9, 4917),
+        ("NVIDIA H20", 78, 148.0, 148.0, 44.0, 4096),
+        ("NVIDIA GH200 480GB", 132, 989.4, 989.4, 66.9, 4917),
+        ("NVIDIA B200", 148, 2250.0, 2250.0, 80.0, 8000),
+        ("NVIDIA A100-SXM4-80GB", 108, 312.0, 312.0, 19.5, 2039),
+        ("NVIDIA A100-PCIE-40GB", 108, 312.0, 312.0, 19.5, 2039),
+        ("NVIDIA A10", 72, 125.0, 125.0, 31.2, 600),
+        ("NVIDIA L40S", 142, 362.1, 362.1, 91.6, 864),
+        ("NVIDIA L4", 58, 121.0, 121.0, 30.3, 300),
+        ("NVIDIA GeForce RTX 4090", 128, 330.3, 165.2, 82.6, 1008),
+        ("Tesla V100-SXM2-16GB", 80, 125.0, None, 15.7, 900),
+        ("Tesla T4", 40, 65.0, None, 8.1, 320),
+    ],
+)
+def test_an_nvidia_gpu_is_known_by_torchs_name(name, sms, fp16, bf16, fp32, memory_gbps):
+    info = known_device(name, "cuda")
+    assert (info.kind, info.name, info.cores, info.peak_source) == ("cuda", name, sms, "table")
+    assert info.peak_tflops == {"fp16": fp16, "fp32": fp32} | ({} if bf16 is None else {"bf16": bf16})
+    (l2_bytes, l2_gbps), (memory_bytes, gbps) = info.bandwidths
+    assert (gbps, memory_bytes) == (memory_gbps, 8 * l2_bytes)
+    assert l2_gbps > 2 * gbps
+
+
+def test_an_h100s_l2_holds_50_mib_and_gives_10_terabytes_a_second():
+    assert known_device("NVIDIA H100 80GB HBM3", "cuda").bandwidths[0] == (50 << 20, 10_140)
+
+
+@pytest.mark.parametrize("gpu", NVIDIA.values(), ids=NVIDIA)
+def test_every_gpus_fp32_is_its_lanes_times_2_times_a_clock_that_gpus_have(gpu):
+    lanes = 64 if gpu.fp32 / gpu.cores < 0.21 else 128  # an SM of Volta, Turing and GA100, and of those after
+    assert 1.4 < gpu.fp32 * 1e3 / (2 * lanes * gpu.cores) < 2.6
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA A10G",
+        "NVIDIA T400",
+        "NVIDIA L40",
+        "NVIDIA H2000",
+    ],
+)
+def test_what_only_resembles_a_known_gpu_is_not_known(name):
+    assert known_device(name, "cuda") == DeviceInfo(kind="cuda", name=name, cores=None)
+
+
+def test_a_processor_called_like_a_gpu_is_none():
+    assert known_device("AMD A10-7850K", "cpu") == DeviceInfo(kind="cpu", name="AMD A10-7850K", cores=None)
+
+
 @pytest.mark.parametrize("name", ["Ascend 910A", "910B", "910B25", "some GPU", ""])
 def test_of_an_unknown_name_cores_and_peaks_stay_open(name):
     assert known_device(name, "cuda") == DeviceInfo(kind="cuda", name=name, cores=None, peak_tflops={})
 
 
 def test_device_info_survives_json():
-    for info in (known_device("Ascend 910B2", "npu"), DeviceInfo(kind="cpu", name="x", cores=None)):
+    for info in (
+        known_device("Ascend 910B2", "npu"),
+        known_device("NVIDIA L4", "cuda"),
+        DeviceInfo(kind="cpu", name="x", cores=None),
+    ):
         assert DeviceInfo.from_json(json.loads(json.dumps(dataclasses.asdict(info)))) == info
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"kind": "gpu"}, {"name": 3}, {"peak_tflops": 3}, {"cores": 0}, {"cores": "24"}, {"speed": 1}],
+    [{"kind": "gpu"}, {"name": 3}, {"peak_tflops": 3}, {"cores": 0}, {"cores": "24"}, {"speed": 1}]
+    + [
+        {"bandwidths": value}
+        for value in (3, [1, 2], [[0, 1.0]], [[1, 0.0]], [[2, 1.0], [1, 2.0]], [[1, 1.0], [1, 2.0]])
+    ],
 )
 def test_json_that_is_no_device_info_is_refused(changes):
     with pytest.raises((ValueError, TypeError)):

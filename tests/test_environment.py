@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from attnbench import environment
+from attnbench import contention, environment
+from attnbench.contention import Load
 from attnbench.devices.cpu import cpu_name
 from attnbench.environment import ENVIRONMENT_VARIABLES, command, fingerprint, without_home
 from attnbench.registry import Catalogue, EntryPointRef, PluginInfo
@@ -147,19 +148,21 @@ def test_the_home_folder_becomes_a_tilde(monkeypatch, home, text, cleaned):
     assert without_home(text) == cleaned
 
 
-def test_the_busy_share_is_what_is_not_idle(monkeypatch):
-    ticks = iter([(100, 1000), (130, 1100)])
-    monkeypatch.setattr(environment, "_cpu_ticks", lambda: next(ticks))
-    assert environment.busy_share(0) == pytest.approx(0.7)
+def test_the_busy_share_is_what_others_and_the_hypervisor_take(monkeypatch):
+    samples = iter([Load(total=1000, idle=100, steal=5, own=10), Load(total=1100, idle=130, steal=15, own=20)])
+    monkeypatch.setattr(contention, "sample", lambda: next(samples))
+    assert environment.busy_share(0) == pytest.approx(0.6)  # 100 ticks, of which 30 idle and 10 own
 
 
 def test_without_proc_stat_there_is_no_busy_share(monkeypatch):
-    monkeypatch.setattr(environment, "_cpu_ticks", lambda: None)
+    monkeypatch.setattr(contention, "sample", lambda: None)
     assert environment.busy_share(0) is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat is Linux's")
-def test_ticks_are_read_from_proc_stat():
-    idle, total = environment._cpu_ticks()
-    assert 0 <= idle <= total
-    assert total > 0
+def test_what_another_system_cannot_do_is_told_and_linux_can_do_all(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert environment.limitations() == ()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    outlive, load = environment.limitations()
+    assert "may outlive attnbench" in outlive
+    assert "load of other programs and of other virtual machines is not read" in load

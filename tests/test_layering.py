@@ -14,10 +14,10 @@ import attnbench
 PACKAGE = ROOT / "attnbench"
 
 LAYERS = (
-    ("errors", "settings", "stats", "text", "ledger", "seal", "load"),
+    ("errors", "settings", "stats", "text", "ledger", "seal", "contention"),
     ("problem", "result", "backend", "hookspecs", "blocks"),
-    ("jit", "devices", "reference", "patches", "spot", "roofline"),
-    ("registry", "protocol", "rows", "store", "environment", "watch"),
+    ("jit", "devices", "reference", "patches", "spot"),
+    ("registry", "protocol", "roofline", "rows", "store", "environment", "watch"),
     ("plan", "worker", "wire", "keeper"),
     ("serve", "isolation"),
     ("turn", "runner"),

@@ -41,6 +41,12 @@ def test_every_kernel_source_is_package_data(pyproject: dict) -> None:
     assert packed == sources
 
 
+def test_the_cores_only_source_is_package_data(pyproject: dict) -> None:
+    sources = {p for p in (ROOT / "attnbench").rglob("*") if p.suffix in (".cpp", ".h")}
+    assert sources == {ROOT / "attnbench" / "devices" / "cpu_peak.cpp"}
+    assert pyproject["tool"]["setuptools"]["package-data"]["attnbench.devices"] == ["cpu_peak.cpp"]
+
+
 def test_every_plugin_module_with_a_hook_is_an_entry_point(pyproject: dict) -> None:
     entries = pyproject["project"]["entry-points"]["attnbench.backends"]
     hooked = {p for p in (ROOT / "plugins").rglob("*.py") if "@hookimpl" in p.read_text()}
@@ -49,7 +55,9 @@ def test_every_plugin_module_with_a_hook_is_an_entry_point(pyproject: dict) -> N
     assert entries == {name: f"attnbench_plugins.{name}" for name in names}
 
 
-def test_torch_npu_is_an_extra_and_never_a_default(pyproject: dict) -> None:
+def test_a_vendors_package_is_an_extra_and_never_a_default(pyproject: dict) -> None:
+    assert pyproject["project"]["optional-dependencies"]["cuda"] == ["nvidia-ml-py"]
+    assert not any(need.startswith("nvidia") for need in pyproject["project"]["dependencies"])
     assert any(need.startswith("torch-npu") for need in pyproject["project"]["optional-dependencies"]["npu"])
     assert not any(need.startswith("torch-npu") for need in pyproject["project"]["dependencies"])
 

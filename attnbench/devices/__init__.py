@@ -44,13 +44,17 @@ class DeviceInfo:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DeviceInfo:
         """The facts that `dataclasses.asdict` wrote. Raises TypeError or ValueError where they are none."""
-        info = cls(**data)
+        bandwidths = tuple((int(size), float(gbps)) for size, gbps in data.get("bandwidths", ()))
+        info = cls(**{**data, "bandwidths": bandwidths})
         if info.kind not in DEVICE_KINDS:
             raise ValueError(f"device kind must be one of {', '.join(DEVICE_KINDS)}, not {info.kind!r}")
         if not isinstance(info.name, str) or not isinstance(info.peak_tflops, Mapping):
             raise ValueError("a device needs a name and a table of peaks")
         if not all(isinstance(peak, (int, float)) and 0 < peak < 1e9 for peak in info.peak_tflops.values()):
             raise ValueError("a device's peaks must be TFLOP/s above 0")
+        sizes = [size for size, _ in bandwidths]
+        if sizes != sorted(set(sizes)) or not all(size > 0 and 0 < gbps < 1e9 for size, gbps in bandwidths):
+            raise ValueError("a device's bandwidths must be GB/s above 0, by rising bytes")
         if info.cores is not None and (not isinstance(info.cores, int) or info.cores < 1):
             raise ValueError(f"a device's cores must be at least 1, not {info.cores!r}")
         return info
@@ -82,7 +86,7 @@ class Device(Protocol):
         ...
 
     def info(self) -> DeviceInfo:
-        """Facts about the device; only asked of an available one."""
+        """Facts about the device, nothing measured; only asked of an available one."""
         ...
 
     def synchronize(self) -> None:
@@ -110,8 +114,8 @@ class Device(Protocol):
         """CPU time in µs until each of `count` eager calls returns, the queue being empty before it."""
         ...
 
-    def clock_mhz(self) -> float | None:
-        """The clock the device runs at now; None where it cannot be read."""
+    def reading(self) -> Reading:
+        """What the device tells of its clock, its heat and its limits now; asked while nothing is timed."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Owns timing on the CPU: the host's clock, its last-level cache, its frequency. Knows nothing of other devices."""
+"""Owns the CPU: the host's clock, its caches, its frequency and heat. Knows nothing of other devices."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from attnbench.devices import DeviceInfo, Exercise
+from attnbench.devices import DeviceInfo, Exercise, Reading
 from attnbench.problem import DeviceKind
 
+CPUS = Path("/sys/devices/system/cpu")
+THERMAL = Path("/sys/class/thermal")
 DEFAULT_CACHE_BYTES = 64 << 20
 """Taken for the last-level cache where the system does not tell: larger than most, and flushing more does no harm."""
 
@@ -65,15 +68,25 @@ class CpuDevice:
     def host_us(self, call: Callable[[], Tensor], count: int) -> list[float]:
         return self.time_calls(call, count, cold=False)
 
-    def reading(self):
-        from attnbench.devices import Reading
+    def reading(self) -> Reading:
+        return Reading(clock_mhz=_clock_mhz(), temperature_c=_temperature_c())
 
-        return Reading(clock_mhz=self.clock_mhz())
 
-    def clock_mhz(self) -> float | None:
-        readings = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)
-        # The busiest core's: on a machine with idle cores theirs say nothing of the one that works.
-        return max(map(float, readings)) if readings else None
+def _clock_mhz() -> float | None:
+    """The busiest core's: on a machine with idle cores theirs say nothing of the one that works."""
+    found = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)
+    if found:
+        return max(map(float, found))
+    # On ARM /proc/cpuinfo holds no clock; elsewhere the files cost a wake-up of every core, and say the same.
+    khz = _numbers(CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
+    return max(khz) / 1e3 if khz else None
+
+
+def _temperature_c() -> float | None:
+    """The hottest of the processor's own sensors; a board's and a disk's say nothing of it."""
+    zones = (zone for zone in THERMAL.glob("thermal_zone*") if re.search("cpu|pkg|soc", _read(zone / "type"), re.I))
+    millidegrees = _numbers(zone / "temp" for zone in zones)
+    return max(millidegrees) / 1e3 if millidegrees else None
 
 
 def cpu_name() -> str:
@@ -84,14 +97,32 @@ def cpu_name() -> str:
 
 def last_level_cache_bytes() -> int:
     """Size of the largest cache that the first core sees."""
-    sizes = [_read(path) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    sizes = [_read(path) for path in CPUS.glob("cpu0/cache/index*/size")]
     parsed = [_cache_bytes(size) for size in sizes]
     return max((size for size in parsed if size), default=DEFAULT_CACHE_BYTES)
+
+
+def total_cache_bytes(level: int) -> int:
+    """Size of all caches of that level together, data's and not code's; 0 where the system does not tell."""
+    found = {}
+    for cache in CPUS.glob("cpu[0-9]*/cache/index*"):
+        if _read(cache / "level").strip() == str(level) and _read(cache / "type").strip() != "Instruction":
+            found[_read(cache / "shared_cpu_list")] = _cache_bytes(_read(cache / "size"))  # once, whoever shares it
+    return sum(found.values())
 
 
 def _cache_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+)([KM])", text.strip())
     return int(found.group(1)) << {"K": 10, "M": 20}[found.group(2)] if found else 0
+
+
+def _numbers(paths: Iterable[Path]) -> list[float]:
+    """What stands in those of the files that hold a number above 0; a sensor that is off holds 0, or cannot be read."""
+    found = []
+    for path in paths:
+        with suppress(ValueError):
+            found.append(float(_read(path)))
+    return [number for number in found if number > 0]
 
 
 def _read(path: str | Path) -> str:

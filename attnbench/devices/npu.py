@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnbench.devices import DeviceInfo
+from attnbench.devices import DeviceInfo, Reading
 from attnbench.devices.events import EventTimer
 from attnbench.devices.known import known_device
 from attnbench.problem import DeviceKind
@@ -30,8 +30,9 @@ class NpuDevice(EventTimer):
     def info(self) -> DeviceInfo:
         return known_device(str(self._api.get_device_name(self._api.current_device())), "npu")
 
-    def clock_mhz(self) -> float | None:
-        return None
+    def reading(self) -> Reading:
+        """Nothing yet: torch_npu tells neither clock nor heat."""
+        return Reading()
 
 
 @functools.lru_cache(maxsize=1)

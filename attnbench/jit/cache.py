@@ -1,4 +1,5 @@
-"""Owns the folder of compiled libraries: where it is, who may write it, one build per key, what is intact.
+"""Owns the folder of compiled libraries, and of measured peaks: where it is, who may write it, one build per key, what
+is intact.
 
 Knows nothing of compilers: whoever asks brings the key and the function that builds.
 """
@@ -85,21 +86,28 @@ class Cache:
         return freed_bytes
 
     def get(
-        self, key: str, library: str, record: Mapping[str, object], build: Callable[[Path], None]
+        self,
+        key: str,
+        library: str,
+        record: Mapping[str, object],
+        build: Callable[[Path], None],
+        *,
+        replace: bool = False,
     ) -> tuple[Path, bool]:
         """The path of `key`'s library, and whether it was there already.
 
-        Where it is missing or not intact, `build(folder)` writes the file named `library` into a staging folder,
-        which becomes the entry if it returns and vanishes if it raises. Other processes wait meanwhile. `record`
-        goes into entry.json. Raises AttnbenchError where the folder cannot be written, and what `build` raises.
+        Where it is missing or not intact, or in any case with `replace`, `build(folder)` writes the file named
+        `library` into a staging folder, which becomes the entry if it returns and vanishes if it raises. Other
+        processes wait meanwhile. `record` goes into entry.json. Raises AttnbenchError where the folder cannot be
+        written, and what `build` raises.
         """
         entry = self.root / key
-        if _intact(entry, library):
+        if not replace and _intact(entry, library):
             return entry / library, True
         with self._readable_errors():
             self._sweep()
             with self._lock(key):
-                if _intact(entry, library):
+                if not replace and _intact(entry, library):
                     return entry / library, True
                 self._discard(entry)
                 staging = Path(tempfile.mkdtemp(prefix=f"{key}.staging-", dir=self.root))

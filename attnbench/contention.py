@@ -1,0 +1,90 @@
+"""Owns how busy a machine is with other things than attnbench. Knows Linux's /proc, and no device."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What all processors have done since the machine started, in clock ticks (10 ms)."""
+
+    total: int
+    idle: int
+    """Waiting for input and output included."""
+    steal: int
+    """What the hypervisor gave to other machines."""
+    own: int
+    """What attnbench used: this process, its descendants, and those of them that have ended and been waited for."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Parts of all processors' time, 0 to 1."""
+
+    others: float
+    """Used by programs that are not attnbench's."""
+    steal: float
+
+
+def sample() -> Load | None:
+    """The load up to now; None where there is no /proc."""
+    try:
+        line = (PROC / "stat").read_text().partition("\n")[0]
+        user, nice, system, idle, iowait, irq, softirq, steal = map(int, line.split()[1:9])
+    except (OSError, ValueError):
+        return None
+    total = user + nice + system + idle + iowait + irq + softirq + steal
+    return Load(total=total, idle=idle + iowait, steal=steal, own=_own_ticks())
+
+
+def between(before: Load, after: Load) -> Share:
+    """What went on between two samples.
+
+    A tick's resolution and two accounts that differ by it make a tenth of a second on one processor wrong by a tenth;
+    what comes out below 0 or above 1 is cut off there. Zeros where no tick has passed.
+    """
+    total = after.total - before.total
+    if total <= 0:
+        return Share(0.0, 0.0)
+    steal = after.steal - before.steal
+    # A descendant that has ended takes its time along only if nobody waited for it; attnbench's never runs backwards.
+    own = max(0, after.own - before.own)
+    others = total - (after.idle - before.idle) - steal - own
+    return Share(_clamped(others / total), _clamped(steal / total))
+
+
+def _own_ticks() -> int:
+    """The ticks of this process and all its descendants, with those of the children they have waited for.
+
+    A child that ends between two samples moves from its own line to its parent's, so the sum goes on as if it lived.
+    """
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for path in PROC.glob("[0-9]*/stat"):
+        try:
+            text = path.read_text(errors="replace")
+        except OSError:  # it has just ended
+            continue
+        # The name before it, in parentheses, may hold anything: spaces and parentheses too.
+        fields = re.split(r"\s+", text.rpartition(")")[2].strip())
+        pid = int(path.parent.name)
+        parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
+    children: dict[int, list[int]] = {}
+    for pid, parent in parents.items():
+        children.setdefault(parent, []).append(pid)
+    total, waiting = 0, [os.getpid()]
+    while waiting:
+        pid = waiting.pop()
+        total += ticks.get(pid, 0)
+        waiting += children.get(pid, [])
+    return total
+
+
+def _clamped(share: float) -> float:
+    return min(1.0, max(0.0, share))
