@@ -108,8 +108,8 @@ def test_a_misspelt_parameter_is_a_type_error_that_names_it() -> None:
 def test_isolate_reaches_execute(isolate: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     got = {}
 
-    def execute(*_: object, **options: object) -> None:
-        got.update(options)
+    def execute(_: object, how: api.Settings, *__: object, **___: object) -> None:
+        got["isolate"] = how.isolate
         raise AttnbenchError("enough")
 
     monkeypatch.setattr(api, "execute", execute)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import pytest
 from helpers import DEVICE, HOSTILE, ROOT, failed, header, passed, python
 
 from attnbench import store
+from attnbench.blocks import Block, How, Lap, Progress, Seen, Verdict
 from attnbench.errors import AttnbenchError, ExitCode
 from attnbench.report.tables import Tables
 from attnbench.result import Result, Status
 from attnbench.rows import csv_text, row
 from attnbench.store import RunWriter
 
-FILES = ["results.csv", "results.jsonl", "run.json"]
+FILES = ["blocks.jsonl", "results.csv", "results.jsonl", "run.json"]
 
 
 def case(seqlen_q: int, backend: str = "jit_flash", reason: str = "") -> Result:
@@ -73,7 +75,6 @@ def test_each_add_is_in_record_and_csv_at_once(tmp_path: Path) -> None:
         lines = (writer.path / "results.jsonl").read_text(encoding="utf-8").splitlines()
         assert [Result.from_json(json.loads(line)) for line in lines] == results
         assert (writer.path / "results.csv").read_text(encoding="utf-8") == csv_text(row(r, DEVICE) for r in results)
-    assert writer.results == tuple(results)
     assert sorted(p.name for p in writer.path.iterdir()) == FILES, "no staged file is left"
 
 
@@ -87,7 +88,7 @@ def test_what_is_written_is_loaded_the_same(run: Path) -> None:
 def test_finish_writes_the_report(run: Path) -> None:
     store.write_atomically(run / "report.md", "old")
     writer = start(run.parent / "other")
-    writer.finish("# µ\n")
+    writer.finish("# µ\n", [row(case(1), DEVICE)], whole=True)
     assert (writer.path / "report.md").read_text(encoding="utf-8") == "# µ\n"
 
 
@@ -161,7 +162,7 @@ def test_a_folder_that_vanishes_is_one_clear_error(run: Path, tmp_path: Path) ->
     with pytest.raises(AttnbenchError, match=r"cannot write .*: No such file or directory"):
         writer.add([case(1)])
     with pytest.raises(AttnbenchError, match=r"cannot write .*: No such file or directory"):
-        writer.finish("text")
+        writer.finish("text", [], whole=True)
 
 
 def test_write_atomically_leaves_the_old_file_where_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +457,7 @@ def test_an_interrupt_while_results_are_written_waits_until_they_are(
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         writer.add([case(1)])
-    assert writer.results == store.load(writer.path).results == (case(1),)
+    assert store.load(writer.path).results == (case(1),)
     assert (writer.path / "results.csv").read_text(encoding="utf-8") == csv_text([row(case(1), DEVICE)])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -470,3 +471,149 @@ def test_rows_stand_in_the_plans_order_however_the_cases_ended(tmp_path: Path) -
     assert [values["sq"] for values in store.load(tmp_path / "run").rows] == [64, 128]
     lines = (tmp_path / "run" / "results.csv").read_text().splitlines()[1:]
     assert [line.split(",")[0] for line in lines] == ["64", "128"]
+
+
+# Blocks of a run that is not finished
+
+HOW = How("npu", "device_events", "median", "hot")
+CHECK = passed().check
+assert CHECK is not None
+
+
+def progress(index: int, blocks: int, *backends: str) -> Progress:
+    """A problem of which so many blocks were taken, 10 µs in the first, 20 in the second…"""
+    problem = case(index).problem
+    return Progress(
+        problem=problem,
+        verdicts={name: Verdict(check=CHECK, used_cores=3) for name in backends},
+        blocks=[
+            Block(
+                laps={name: Lap(times_us=(10.0 * (n + 1),), host_us=(5.0,)) for name in backends},
+                seen=(Seen(),),
+                spent_s=1.0,
+            )
+            for n in range(blocks)
+        ],
+    )
+
+
+def write_blocks(writer: RunWriter, state: Progress) -> None:
+    """Every block of `state`, as a run writes them."""
+    taken, state.blocks = state.blocks, []
+    for block in taken:
+        state.blocks.append(block)
+        writer.add_block(state, HOW)
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Path:
+    """A run with one finished case, and a problem of two backends with three blocks."""
+    writer = RunWriter(tmp_path / "unfinished", header(), DEVICE)
+    writer.add([case(1)])
+    write_blocks(writer, progress(2, 3, "jit_flash", "sdpa"))
+    writer.close()
+    return writer.path
+
+
+def test_the_blocks_of_an_unfinished_run_are_shown_with_a_note(unfinished: Path) -> None:
+    record = store.load(unfinished)
+    assert [result.key[1] for result in record.results] == ["jit_flash", "jit_flash", "sdpa"]
+    assert record.results[1].measurement is not None
+    assert record.results[1].measurement.blocks == ((10.0,), (20.0,), (30.0,))
+    assert record.results[1].used_cores == 3
+    assert [r["n_blocks"] for r in record.rows] == [2, 3, 3]
+    assert record.warnings == ("2 cases have fewer blocks than asked for: attnbench run --resume goes on",)
+
+
+def test_a_run_is_reopened_with_all_that_it_got_to(unfinished: Path) -> None:
+    writer, found = RunWriter.reopen(unfinished)
+    state = found[case(2).problem.case_id]
+    assert state == progress(2, 3, "jit_flash", "sdpa")
+    assert found[case(1).problem.case_id].results == {"jit_flash": case(1)}
+    assert writer.has_something
+    state.blocks.append(state.blocks[0])
+    writer.add_block(state, HOW)
+    writer.add(state.timed(HOW))
+    writer.finish("done", [], whole=True)
+    writer.close()
+    record = store.load(unfinished)
+    assert [len(r.measurement.blocks) for r in record.results if r.measurement] == [2, 4, 4]
+    assert record.warnings == ()
+    assert not (unfinished / "blocks.jsonl").exists()
+
+
+def test_a_backend_that_failed_after_some_blocks_is_not_taken_up_again(unfinished: Path) -> None:
+    writer, found = RunWriter.reopen(unfinished)
+    state = found[case(2).problem.case_id]
+    writer.add([case(2, "sdpa", "it broke")])
+    writer.close()
+    _, found = RunWriter.reopen(unfinished)
+    state = found[case(2).problem.case_id]
+    assert list(state.verdicts) == ["jit_flash"]
+    assert list(state.results) == ["sdpa"]
+    assert [r.status.value for r in store.load(unfinished).results] == ["PASSED", "RUNTIME_ERROR", "PASSED"]
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "blocks.jsonl"])
+def test_half_a_line_is_never_read_back_and_cut_off_before_anything_is_added(unfinished: Path, name: str) -> None:
+    path = unfinished / name
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for cut in range(1, len(lines[-1]), 97):
+        path.write_bytes(whole[:-cut])
+        assert f"{path}: the last line is cut and was dropped" in store.load(unfinished).warnings
+        writer, _ = RunWriter.reopen(unfinished)
+        writer.close()
+        assert path.read_bytes() == b"".join(lines[:-1])
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data | {"number": 7}, "does not follow the last"),
+        (lambda data: data | {"block": data["block"] | {"laps": {}}}, "does not follow the last"),
+        (lambda data: data | {"verdicts": {"sdpa": {}}}, "it has no 'check'"),
+        (lambda data: data | {"problem": {"seqlen_q": -1, "seqlen_k": 1}}, "seqlen_q must be at least 1"),
+        (lambda data: data | {"how": {}}, "missing"),
+        (lambda data: [], "list"),
+    ],
+)
+def test_a_block_that_is_none_is_refused_with_its_line(unfinished: Path, change, words: str) -> None:  # type: ignore[no-untyped-def]
+    path = unfinished / "blocks.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], json.dumps(change(json.loads(lines[-1])))]) + "\n")
+    with pytest.raises(AttnbenchError) as caught:
+        store.load(unfinished)
+    assert caught.value.message.startswith(f"{path}, line 3 is no block: ")
+    assert words in caught.value.message
+
+
+def test_only_one_attnbench_writes_a_run(unfinished: Path) -> None:
+    writer, _ = RunWriter.reopen(unfinished)
+    with pytest.raises(AttnbenchError, match="is being written by another attnbench"):
+        RunWriter.reopen(unfinished)
+    writer.close()
+    RunWriter.reopen(unfinished)[0].close()
+
+
+def test_what_is_no_run_cannot_be_reopened(tmp_path: Path) -> None:
+    with pytest.raises(AttnbenchError, match=r"is not a run: it has no run\.json"):
+        RunWriter.reopen(tmp_path)
+
+
+def test_a_full_disk_leaves_whole_lines_in_the_journal(unfinished: Path) -> None:
+    """A real limit on the size of a file, as a quota sets it."""
+    before = (unfinished / "blocks.jsonl").read_bytes()
+    writer, found = RunWriter.reopen(unfinished)
+    state = found[case(2).problem.case_id]
+    state.blocks.append(state.blocks[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))
+    try:
+        with pytest.raises(AttnbenchError, match=r"cannot write .*File too large"):
+            writer.add_block(state, HOW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        writer.close()
+    assert (unfinished / "blocks.jsonl").read_bytes() == before

@@ -44,6 +44,8 @@ class DeviceInfo:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DeviceInfo:
         """The facts that `dataclasses.asdict` wrote. Raises TypeError or ValueError where they are none."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a device must be a table, not {data!r}")
         bandwidths = tuple((int(size), float(gbps)) for size, gbps in data.get("bandwidths", ()))
         info = cls(**{**data, "bandwidths": bandwidths})
         if info.kind not in DEVICE_KINDS:
