@@ -64,7 +64,7 @@ def load(total, idle, steal=0, own=0):
         (load(1000, 500, 20, 40), load(1200, 550, 40, 110), Share(0.3, 0.1)),  # 200: 50 idle, 20 stolen, 70 own, 60
         (load(1000, 500, 0, 40), load(1100, 500, 0, 140), Share(0.0, 0.0)),
         (load(1000, 500, 0, 40), load(1100, 500, 0, 143), Share(0.0, 0.0)),  # own ticks round otherwise
-        (load(1000, 500, 0, 90), load(1100, 500, 0, 40), Share(1.0, 0.0)),  # a child nobody waited for has ended
+        (load(1000, 500, 0, 90), load(1100, 580, 0, 80), Share(0.2, 0.0)),  # a child nobody waited for has ended
         (load(1000, 500), load(1100, 400), Share(1.0, 0.0)),  # idle ran backwards, as iowait may
         (load(1000, 500, 50), load(1100, 550, 40), Share(0.6, 0.0)),
         (load(1000, 500), load(1000, 500), Share(0.0, 0.0)),

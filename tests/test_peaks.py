@@ -239,6 +239,8 @@ def test_each_level_is_measured_and_l1_beats_memory_by_itself(real, monkeypatch)
     monkeypatch.setattr(peaks, "_falling", tuple)
     rates = dict(peaks._cpu(1).bandwidths)
     assert rates[min(rates)] >= 0.8 * rates[max(rates)]
+    if len(rates) > 2:  # the large set is gone through, not a piece of it that L2 holds
+        assert rates[max(rates)] <= 0.7 * rates[sorted(rates)[1]]
 
 
 def test_bf16_has_a_rate_of_its_own_only_where_the_cpu_computes_in_it(real):
