@@ -133,7 +133,8 @@ class Measurement:
     blocks: tuple[tuple[float, ...], ...]
     """One tuple a block (a round in which every backend of the problem had its turn), in the order taken."""
     statistic: Statistic
-    """What `time_us` is over all calls: the mean under `fixed`, the median under `adaptive`."""
+    """What `time_us` is: under `fixed` the mean of all calls, under `adaptive` the geometric mean over blocks of the
+    median of each block's calls."""
     timing_method: str
     """host_clock or device_events."""
     cache: CacheState
@@ -166,7 +167,12 @@ class Measurement:
 
     @functools.cached_property
     def time_us(self) -> float:
-        return self._statistic(self.samples)
+        return statistics.fmean(self.samples) if self.statistic == "mean" else self.median_us
+
+    @functools.cached_property
+    def median_us(self) -> float:
+        """The geometric mean of the blocks' medians: the ratio of two is the mean of the blocks' log ratios."""
+        return stats.geometric_mean([statistics.median(block) for block in self.blocks])
 
     @functools.cached_property
     def block_times_us(self) -> tuple[float, ...]:
@@ -180,7 +186,7 @@ class Measurement:
 
 
 def speedup(baseline: Measurement, contender: Measurement) -> stats.Ratio:
-    """baseline time over contender time, with the interval of their paired blocks."""
+    """baseline time over contender time, with the intervals of their paired blocks."""
     return stats.ratio_of_blocks(
         baseline.time_us / contender.time_us, baseline.block_times_us, contender.block_times_us
     )

@@ -63,7 +63,7 @@ def row(result: Result, device: DeviceInfo) -> Row:
             n_samples=len(samples),
             n_blocks=len(measurement.blocks),
             mean_us=sum(samples) / len(samples),
-            median_us=stats.percentile(samples, 50),
+            median_us=measurement.median_us,
             p10_us=stats.percentile(samples, 10),
             p90_us=stats.percentile(samples, 90),
             ci95_low_us=interval[0] if interval else None,
@@ -161,13 +161,27 @@ def load_csv(path: Path, text: str, device_name: str | None) -> tuple[list[Row],
         warnings += _disagreements(path, number, values, problem)
         if plain and device.kind == "npu" and device.cores and values["used_cores"] is None:
             values["used_cores"] = min(device.cores, -(-problem.seqlen_q // QUERY_TILE))
-        rows.append(
-            values
-            | _shape(problem)
-            | {"device": device.kind, "device_name": device.name, "schema_version": SCHEMA_VERSION}
-            | rates(values, problem, device)
-        )
+        values |= _shape(problem)
+        values |= {"device": device.kind, "device_name": device.name, "schema_version": SCHEMA_VERSION}
+        if reason := _implausible(values, problem, device):
+            values |= dict.fromkeys(_MEASURED) | {"status": Status.IMPLAUSIBLE.value, "reason": reason}
+        rows.append(values | rates(values, problem, device))
+    if beyond := sum(values["status"] == Status.IMPLAUSIBLE.value for values in rows):
+        notes.append(f"{beyond} of {len(rows)} rows are IMPLAUSIBLE, and show no number: the details say why")
     return rows, device, warnings + notes
+
+
+def _implausible(values: Row, problem: Problem, device: DeviceInfo) -> str:
+    """Why a CSV's row claims more than the device can do; empty where it does not."""
+    peak = device.peak_tflops.get(problem.dtype)
+    if peak is None or values["time_us"] is None:
+        return ""
+    by_time = problem.flops_gemm / values["time_us"] / 1e6
+    claimed = (values["tflops"] or 0.0) * problem.flops_gemm / problem.flops  # its claim counts the softmax too
+    fastest = max(by_time, claimed)
+    if fastest <= peak:
+        return ""
+    return f"{fastest:.4g} TFLOP/s is above the {peak:g} TFLOP/s that an {device.name} can do in {problem.dtype}"
 
 
 def _parse(path: Path, text: str) -> tuple[list[tuple[int, Row]], list[str]]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 SHOWN_LEVEL = 0.95
 """Confidence of the intervals that tables show."""
+VERDICT_LEVEL = 0.99
+"""Confidence at which one backend is called faster or slower than another."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -60,29 +62,39 @@ class Ratio:
     """How many times faster a contender is than its baseline, with its interval where there is one."""
 
     value: float
-    low: float | None
-    high: float | None
+    half: float | None = None
+    """Half the interval of log(value), at SHOWN_LEVEL."""
+    verdict_half: float | None = None
+    """The same at VERDICT_LEVEL: also the smallest difference that could have been told from none."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The interval that tables show."""
+        return None if self.half is None else (self.value * math.exp(-self.half), self.value * math.exp(self.half))
 
     @property
     def verdict(self) -> str:
-        """faster, slower, tie (the interval includes 1), or - without an interval."""
-        if self.low is None or self.high is None:
+        """faster, slower, tie (the interval at VERDICT_LEVEL includes 1), or - without an interval."""
+        if self.verdict_half is None:
             return "-"
-        if self.low > 1:
-            return "faster"
-        return "slower" if self.high < 1 else "tie"
+        if abs(math.log(self.value)) <= self.verdict_half:
+            return "tie"
+        return "faster" if self.value > 1 else "slower"
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest difference, as a share, that the blocks could have told from a tie; None without an interval."""
+        return None if self.verdict_half is None else math.expm1(self.verdict_half)
 
 
 def ratio_of_blocks(value: float, baseline: Sequence[float], contender: Sequence[float]) -> Ratio:
-    """The ratio `value` with the interval that paired blocks' log ratios give it.
+    """The ratio `value` with the intervals that paired blocks' log ratios give it.
 
-    Block i of both was timed in the same round, so what disturbed both cancels. Without two pairs there is no interval.
+    Block i of both was timed in the same rounds, so what disturbed both cancels. Of unequal numbers of blocks, as an
+    unfinished run may have, those count that both have. Without two pairs there is no interval.
     """
     logs = [math.log(b / c) for b, c in zip(baseline, contender)]
-    half = half_width(logs) if len(baseline) == len(contender) else None
-    if half is None:
-        return Ratio(value, None, None)
-    return Ratio(value, value * math.exp(-half), value * math.exp(half))
+    return Ratio(value, half_width(logs), half_width(logs, VERDICT_LEVEL))
 
 
 def geometric_mean(values: Sequence[float]) -> float:

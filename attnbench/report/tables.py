@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +13,8 @@ import pandas as pd
 
 from attnbench import stats
 from attnbench.errors import AttnbenchError
-from attnbench.plan import BEST
-from attnbench.report import text
+from attnbench.plan import BEST, DEFAULT_BASELINES
+from attnbench.report import text, warnings
 from attnbench.result import Result, speedup
 from attnbench.rows import COLUMNS, FLOAT_COLUMNS, Row, csv_text
 from attnbench.store import Record
@@ -21,11 +23,11 @@ NONE = "—"
 SHORT_NAMES = {"npu_fused_attention": "Fused", "jit_flash": "JIT"}
 """How the published table names its two columns; every other backend goes by its own name."""
 FIRST_CONTENDER = "jit_flash"
-DEFAULT_BASELINES = {"npu": "npu_fused_attention", "cuda": "sdpa", "cpu": "sdpa"}
 FALLBACK_BASELINES = ("npu_fused_attention", "gemm_ref")
 
 DETAIL_COLUMNS = (
-    *("case", "kernel", "status", "µs", "95% interval", "n", "vs baseline", "95% interval of it", "verdict"),
+    *("case", "kernel", "status", "µs", "95% interval", "n", "blocks"),
+    *("vs baseline", "95% interval of it", "verdict", "detectable"),
     *("GEMM TFLOP/s", "GB/s", "% of peak", "host µs", "max error", "budget", "1e-3", "reason"),
 )
 DETAIL_TEXT_COLUMNS = ("case", "kernel", "status", "verdict", "1e-3", "reason")
@@ -86,7 +88,21 @@ class Comparison:
         words = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
         problems = f"{len(ratios)} problem" + ("s" if len(ratios) > 1 else "")
         line = f"{self.contender} over {self.baseline}: geometric mean {mean:.2f}× on {problems}"
-        return f"{line} ({words}; 95% intervals)" if words else line
+        return f"{line} ({words}; at 99% confidence)" if words else line
+
+    @property
+    def detectable(self) -> str:
+        """The smallest difference that could have been told from a tie, in words; empty without intervals."""
+        found = [
+            (ratio.detectable, row["case_id"])
+            for (row, _), ratio in zip(self.rows, self.ratios)
+            if ratio is not None and ratio.detectable is not None
+        ]
+        if not found:
+            return ""
+        median, (worst, case) = statistics.median(share for share, _ in found), max(found)
+        line = f"Smallest difference that would have been called one: {median:.1%}"
+        return line if len(found) == 1 else f"{line} (median of {len(found)} problems; {worst:.1%} at {case})"
 
 
 class Tables:
@@ -163,7 +179,7 @@ class Tables:
         ours, theirs = (self._results.get((r["case_id"], r["kernel"])) for r in (row, base))
         if ours and theirs and ours.measurement and theirs.measurement:
             return speedup(theirs.measurement, ours.measurement)
-        return stats.Ratio(base["time_us"] / row["time_us"], None, None)
+        return stats.Ratio(base["time_us"] / row["time_us"])
 
     @property
     def detail_rows(self) -> list[list[str]]:
@@ -182,9 +198,11 @@ class Tables:
             _number(row["time_us"], 3),
             _interval(row["ci95_low_us"], row["ci95_high_us"], 3),
             _number(row["n_samples"], 0),
+            _number(row["n_blocks"], 0),
             NONE if ratio is None else f"{ratio.value:.2f}×",
-            NONE if ratio is None else _interval(ratio.low, ratio.high, 2),
+            NONE if ratio is None or ratio.interval is None else _interval(*ratio.interval, 2),
             NONE if ratio is None or ratio.verdict == "-" else ratio.verdict,
+            NONE if ratio is None or ratio.detectable is None else f"{ratio.detectable:.1%}",
             _number(row["tflops_gemm"], 2),
             _number(row["gbps"], 1),
             _number(row["pct_peak"], 1),
@@ -206,12 +224,19 @@ class Tables:
             parts.append(text.heading(title, style))
             parts.append(text.table(comparison.headers, comparison.cells, style))
             parts.append(text.paragraph(comparison.summary, style))
+            if comparison.detectable:
+                parts.append(text.paragraph(comparison.detectable, style))
         if parts:
-            parts += [text.paragraph(line, style) for line in self.captions]
+            parts += [text.paragraph(line, style) for line in (*self.captions, *self.warnings)]
         if details or not parts:
             parts.append(text.heading("Details", style))
             parts.append(_without_empty_columns(DETAIL_COLUMNS, self.detail_rows, style))
         return "\n\n".join(parts)
+
+    @functools.cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What to beware of in these numbers, and what to do about it."""
+        return tuple(f"Warning: {warning}" for warning in warnings.of(self.record))
 
     @property
     def captions(self) -> list[str]:
@@ -220,12 +245,18 @@ class Tables:
         cores, name = self.record.device.cores, self.record.device.name
         projection = f"{cores} cores of {name}" if cores else f"cores of {name} (not known)"
         return [
-            f"Times: {_method(timed)}. Speedup is the baseline's time over the contender's.",
+            f"Times: {_method(timed)}. Speedup is the baseline's time over the contender's.{_about_blocks(timed)}",
             "TFLOP/s counts 2·sq·sk·(d+e) for the two GEMMs, sq·sk for the scale and sq·(5·sk−2) for the softmax; "
             "masked pairs do not count.",
             f"Normalized TFLOP/s = TFLOP/s · ({projection}) / cores the problem occupies: a projection, not a "
             "measurement. % of peak in the details is measured: GEMM TFLOP/s over the device's peak.",
         ]
+
+
+def _about_blocks(row: Row) -> str:
+    if not row["n_blocks"] or row["n_blocks"] < 2:
+        return ""
+    return " Intervals come from blocks, each taken by fresh processes: 95% is shown, verdicts are at 99%."
 
 
 def _without_empty_columns(headers: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> str:
