@@ -167,7 +167,11 @@ class Measurement:
 
     @functools.cached_property
     def time_us(self) -> float:
-        return statistics.fmean(self.samples) if self.statistic == "mean" else self.median_us
+        return self.mean_us if self.statistic == "mean" else self.median_us
+
+    @functools.cached_property
+    def mean_us(self) -> float:
+        return statistics.fmean(self.samples)
 
     @functools.cached_property
     def median_us(self) -> float:
@@ -182,14 +186,24 @@ class Measurement:
     def ci95_us(self) -> tuple[float, float] | None:
         """The 95% interval of `time_us`; its width comes from the blocks, whose calls are correlated within."""
         half = stats.half_width([math.log(value) for value in self.block_times_us])
-        return None if half is None else (self.time_us * math.exp(-half), self.time_us * math.exp(half))
+        return None if half is None else stats.around(self.time_us, half)
 
 
 def speedup(baseline: Measurement, contender: Measurement) -> stats.Ratio:
-    """baseline time over contender time, with the intervals of their paired blocks."""
-    return stats.ratio_of_blocks(
-        baseline.time_us / contender.time_us, baseline.block_times_us, contender.block_times_us
-    )
+    """baseline time over contender time, with the intervals of their paired blocks.
+
+    Of unequal numbers of blocks, as an unfinished run may have, those count that both have: what a machine was like in
+    the others would be taken for a difference.
+    """
+    shared = min(len(baseline.blocks), len(contender.blocks))
+    base, ours = _first_blocks(baseline, shared), _first_blocks(contender, shared)
+    return stats.ratio_of_blocks(base.time_us / ours.time_us, base.block_times_us, ours.block_times_us)
+
+
+def _first_blocks(measurement: Measurement, count: int) -> Measurement:
+    if count == len(measurement.blocks):
+        return measurement
+    return dataclasses.replace(measurement, blocks=measurement.blocks[:count])
 
 
 @dataclass(frozen=True, kw_only=True)

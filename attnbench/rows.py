@@ -62,7 +62,7 @@ def row(result: Result, device: DeviceInfo) -> Row:
             statistic=measurement.statistic,
             n_samples=len(samples),
             n_blocks=len(measurement.blocks),
-            mean_us=sum(samples) / len(samples),
+            mean_us=measurement.mean_us,
             median_us=measurement.median_us,
             p10_us=stats.percentile(samples, 10),
             p90_us=stats.percentile(samples, 90),
@@ -164,24 +164,29 @@ def load_csv(path: Path, text: str, device_name: str | None) -> tuple[list[Row],
         values |= _shape(problem)
         values |= {"device": device.kind, "device_name": device.name, "schema_version": SCHEMA_VERSION}
         if reason := _implausible(values, problem, device):
-            values |= dict.fromkeys(_MEASURED) | {"status": Status.IMPLAUSIBLE.value, "reason": reason}
+            values |= dict.fromkeys(_OF_A_TIME) | {"status": Status.IMPLAUSIBLE.value, "reason": reason}
         rows.append(values | rates(values, problem, device))
     if beyond := sum(values["status"] == Status.IMPLAUSIBLE.value for values in rows):
-        notes.append(f"{beyond} of {len(rows)} rows are IMPLAUSIBLE, and show no number: the details say why")
+        notes.append(f"{beyond} of {len(rows)} rows are IMPLAUSIBLE and show no number; the details say why")
     return rows, device, warnings + notes
 
 
 def _implausible(values: Row, problem: Problem, device: DeviceInfo) -> str:
     """Why a CSV's row claims more than the device can do; empty where it does not."""
     peak = device.peak_tflops.get(problem.dtype)
-    if peak is None or values["time_us"] is None:
+    if peak is None or values["status"] != Status.PASSED.value:
         return ""
     by_time = problem.flops_gemm / values["time_us"] / 1e6
     claimed = (values["tflops"] or 0.0) * problem.flops_gemm / problem.flops  # its claim counts the softmax too
     fastest = max(by_time, claimed)
     if fastest <= peak:
         return ""
-    return f"{fastest:.4g} TFLOP/s is above the {peak:g} TFLOP/s that an {device.name} can do in {problem.dtype}"
+    limit = f"the {peak:g} TFLOP/s that {_with_article(device.name)} can do in {problem.dtype}"
+    return f"{fastest:.4g} TFLOP/s is above {limit}"
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name.startswith(('A', 'E', 'I', 'O', 'NVIDIA')) else 'a'} {name}"
 
 
 def _parse(path: Path, text: str) -> tuple[list[tuple[int, Row]], list[str]]:
@@ -288,6 +293,7 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {
 }
 _REQUIRED = ("sq", "sk", "head_size", "kernel")
 _MEASURED = tuple(column for column, parser in _PARSERS.items() if parser in (_time, _positive))
+_OF_A_TIME = (*_MEASURED, "timing_method", "cache", "statistic", "n_samples", "n_blocks")
 FLOAT_COLUMNS = tuple(column for column, parser in _PARSERS.items() if parser in (_time, _positive, _error))
 
 

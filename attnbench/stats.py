@@ -12,6 +12,8 @@ SHOWN_LEVEL = 0.95
 """Confidence of the intervals that tables show."""
 VERDICT_LEVEL = 0.99
 """Confidence at which one backend is called faster or slower than another."""
+MAX_LOG = 600.0
+"""A wider half interval says no more, and exp would overflow: two blocks that are 10⁹ apart have one of 660 at 99%."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -70,7 +72,7 @@ class Ratio:
     @property
     def interval(self) -> tuple[float, float] | None:
         """The interval that tables show."""
-        return None if self.half is None else (self.value * math.exp(-self.half), self.value * math.exp(self.half))
+        return None if self.half is None else around(self.value, self.half)
 
     @property
     def verdict(self) -> str:
@@ -84,19 +86,25 @@ class Ratio:
     @property
     def detectable(self) -> float | None:
         """The smallest difference, as a share, that the blocks could have told from a tie; None without an interval."""
-        return None if self.verdict_half is None else math.expm1(self.verdict_half)
+        return None if self.verdict_half is None else math.expm1(min(self.verdict_half, MAX_LOG))
 
 
 def ratio_of_blocks(value: float, baseline: Sequence[float], contender: Sequence[float]) -> Ratio:
-    """The ratio `value` with the intervals that paired blocks' log ratios give it.
+    """The ratio `value` with the intervals that the log ratios of as many paired blocks give it.
 
-    Block i of both was timed in the same rounds, so what disturbed both cancels. Of unequal numbers of blocks, as an
-    unfinished run may have, those count that both have. Without two pairs there is no interval.
+    Block i of both was timed in the same rounds, so what disturbed both cancels. Without two there is no interval.
     """
-    logs = [math.log(b / c) for b, c in zip(baseline, contender)]
+    logs = [math.log(b / c) for b, c in zip(baseline, contender, strict=True)]
     return Ratio(value, half_width(logs), half_width(logs, VERDICT_LEVEL))
 
 
+def around(value: float, half: float) -> tuple[float, float]:
+    """The interval around `value` whose logarithm is `half` wide on either side."""
+    factor = math.exp(min(half, MAX_LOG))
+    return value / factor, value * factor
+
+
 def geometric_mean(values: Sequence[float]) -> float:
-    """exp of the mean logarithm; the mean that fits ratios."""
-    return math.exp(statistics.fmean(math.log(value) for value in values))
+    """exp of the mean logarithm; the mean that fits ratios. Equal values give that value, to the last bit."""
+    first = values[0]
+    return first * math.exp(statistics.fmean(math.log(value / first) for value in values))

@@ -20,6 +20,7 @@ from attnbench.rows import COLUMNS, FLOAT_COLUMNS, Row, csv_text
 from attnbench.store import Record
 
 NONE = "—"
+LEVELS = f"verdicts at {stats.VERDICT_LEVEL:.0%}, intervals shown at {stats.SHOWN_LEVEL:.0%}"
 SHORT_NAMES = {"npu_fused_attention": "Fused", "jit_flash": "JIT"}
 """How the published table names its two columns; every other backend goes by its own name."""
 FIRST_CONTENDER = "jit_flash"
@@ -88,7 +89,7 @@ class Comparison:
         words = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
         problems = f"{len(ratios)} problem" + ("s" if len(ratios) > 1 else "")
         line = f"{self.contender} over {self.baseline}: geometric mean {mean:.2f}× on {problems}"
-        return f"{line} ({words}; at 99% confidence)" if words else line
+        return f"{line} ({words}; {LEVELS})" if words else line
 
     @property
     def detectable(self) -> str:
@@ -101,8 +102,8 @@ class Comparison:
         if not found:
             return ""
         median, (worst, case) = statistics.median(share for share, _ in found), max(found)
-        line = f"Smallest difference that would have been called one: {median:.1%}"
-        return line if len(found) == 1 else f"{line} (median of {len(found)} problems; {worst:.1%} at {case})"
+        line = f"smallest difference that could have been detected: {median:.1%}"
+        return line if len(found) == 1 else f"{line} (median; worst {worst:.1%} at {case})"
 
 
 class Tables:
@@ -226,9 +227,11 @@ class Tables:
             parts.append(text.paragraph(comparison.summary, style))
             if comparison.detectable:
                 parts.append(text.paragraph(comparison.detectable, style))
-        if parts:
-            parts += [text.paragraph(line, style) for line in (*self.captions, *self.warnings)]
-        if details or not parts:
+        compared = bool(parts)
+        if compared:
+            parts += [text.paragraph(line, style) for line in self.captions]
+        parts += [text.paragraph(line, style) for line in self.warnings]
+        if details or not compared:
             parts.append(text.heading("Details", style))
             parts.append(_without_empty_columns(DETAIL_COLUMNS, self.detail_rows, style))
         return "\n\n".join(parts)
@@ -245,18 +248,22 @@ class Tables:
         cores, name = self.record.device.cores, self.record.device.name
         projection = f"{cores} cores of {name}" if cores else f"cores of {name} (not known)"
         return [
-            f"Times: {_method(timed)}. Speedup is the baseline's time over the contender's.{_about_blocks(timed)}",
+            f"Times: {_method(timed)}. Speedup is the baseline's time over the contender's.{self._about_blocks}",
             "TFLOP/s counts 2·sq·sk·(d+e) for the two GEMMs, sq·sk for the scale and sq·(5·sk−2) for the softmax; "
             "masked pairs do not count.",
             f"Normalized TFLOP/s = TFLOP/s · ({projection}) / cores the problem occupies: a projection, not a "
             "measurement. % of peak in the details is measured: GEMM TFLOP/s over the device's peak.",
         ]
 
-
-def _about_blocks(row: Row) -> str:
-    if not row["n_blocks"] or row["n_blocks"] < 2:
-        return ""
-    return " Intervals come from blocks, each taken by fresh processes: 95% is shown, verdicts are at 99%."
+    @property
+    def _about_blocks(self) -> str:
+        """How times and intervals follow from the blocks; empty where nothing has an interval."""
+        shown = [row for row in self.record.rows if row["ci95_low_us"] is not None]
+        if not shown:
+            return ""
+        median = shown[0]["statistic"] == "median"
+        over = "the geometric mean of its blocks' medians" if median else "the mean of all its calls"
+        return f" A time is {over}; {LEVELS}, both t-intervals over blocks."
 
 
 def _without_empty_columns(headers: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> str:

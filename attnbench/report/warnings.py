@@ -13,7 +13,9 @@ from attnbench.store import Record
 NOISY_SHARE = 0.05
 """Half-width of a time's 95% interval, relative, from which on it is called noisy."""
 FLAT_RATIO, FLAT_WORK = 1.25, 4.0
-"""A time that grows by less than the first while work grows by the second or more is called flat."""
+"""A time that changes by less than the first while work grows by the second or more is called flat."""
+THROTTLING = "throttling"
+"""How a cause that is the device's own begins."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,18 @@ class Disturbed:
 
     dropped: int
     kept: int
+    """Kept although they were disturbed."""
     rounds: int
+    """All that were taken, the dropped ones too."""
     causes: tuple[str, ...]
 
     def __str__(self) -> str:
-        what = f"{self.dropped} rounds were thrown away" if self.dropped else ""
-        if self.kept:
-            kept = f"{self.kept} of {self.rounds} rounds kept were disturbed too"
-            what = f"{what}, and {kept}" if what else kept
-        return f"disturbed: {what} ({', '.join(self.causes)}): close other programs, or run again when it is quiet"
+        rounds = f"of {self.rounds} rounds"
+        what = f"{self.dropped} {rounds} were dropped" if self.dropped else f"{self.kept} {rounds} were kept disturbed"
+        if self.dropped and self.kept:
+            what += f" and {self.kept} kept disturbed"
+        causes = ", ".join(self.causes) or "no cause was recorded"
+        return f"disturbed: {what}: {causes}; close other programs, or run again when it is quiet"
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,12 @@ class Throttled:
     """A device that could not run at its speed."""
 
     causes: tuple[str, ...]
+    problems: int
+    of: int
 
     def __str__(self) -> str:
-        return f"throttled: {', '.join(self.causes)}: let the device cool, or lock its clocks below the limit"
+        where = f"on {self.problems} of {_problems(self.of)}"
+        return f"throttled: {', '.join(self.causes)} {where}: let the device cool, or lock its clocks below the limit"
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,8 @@ class HostBound:
 
     def __str__(self) -> str:
         return (
-            f"host-bound: on {self.count} problems the host took longer to call {self.kernel} than the device to run it, "
-            "so times hold launch gaps"
+            f"host-bound: on {_problems(self.count)} the host took longer to call {self.kernel} than the device to run "
+            "it, so the queue could not be kept full: time larger problems, or launch less in a call"
         )
 
 
@@ -114,21 +122,27 @@ def of(record: Record) -> list[Warning]:
 
 
 def _conditions(record: Record) -> list[Conditions]:
-    """Of every problem once: all its backends were timed in the same rounds."""
+    """Of every problem once: its backends were timed in the same rounds, but one that failed late in fewer."""
     found: dict[str, Conditions] = {}
     for result in record.results:
-        if result.measurement is not None and result.measurement.conditions is not None:
-            found.setdefault(result.problem.case_id, result.measurement.conditions)
+        if result.measurement is not None and (seen := result.measurement.conditions) is not None:
+            before = found.get(result.problem.case_id)
+            if before is None or seen.rounds > before.rounds:
+                found[result.problem.case_id] = seen
     return list(found.values())
 
 
 def _throttled_or_disturbed(conditions: Sequence[Conditions]) -> Iterator[Warning]:
-    causes = tuple(dict.fromkeys(cause for c in conditions for cause in c.causes))
-    if heat := tuple(cause for cause in causes if cause.startswith("throttling")):
-        yield Throttled(heat)
-    dropped, kept = sum(c.rounds_dropped for c in conditions), sum(c.rounds_disturbed for c in conditions)
+    throttled = [c for c in conditions if any(cause.startswith(THROTTLING) for cause in c.causes)]
+    if throttled:
+        own = dict.fromkeys(cause for c in throttled for cause in c.causes if cause.startswith(THROTTLING))
+        yield Throttled(tuple(own), len(throttled), len(conditions))
+    # Where the device alone slowed itself, no other program is to be closed.
+    others = [c for c in conditions if not c.causes or not all(cause.startswith(THROTTLING) for cause in c.causes)]
+    dropped, kept = sum(c.rounds_dropped for c in others), sum(c.rounds_disturbed for c in others)
     if dropped or kept:
-        yield Disturbed(dropped, kept, sum(c.rounds for c in conditions), causes)
+        causes = dict.fromkeys(cause for c in others for cause in c.causes if not cause.startswith(THROTTLING))
+        yield Disturbed(dropped, kept, sum(c.rounds + c.rounds_dropped for c in conditions), tuple(causes))
 
 
 def _noisy(rows: Sequence[Row]) -> Iterator[Warning]:
@@ -150,11 +164,12 @@ def _launch_bound(rows: Sequence[Row]) -> Iterator[Warning]:
     families: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         families.setdefault((row["kernel"], re.sub(r"-q\d+-k\d+", "", row["case_id"])), []).append(row)
-    told = set()
+    found: dict[str, LaunchBound] = {}
     for (kernel, _), family in families.items():
-        if kernel not in told and (flat := _flat(sorted(family, key=lambda row: int(row["flops_total"])))):
-            told.add(kernel)
-            yield flat
+        flat = _flat(sorted(family, key=lambda row: int(row["flops_total"])))
+        if flat and (kernel not in found or flat.work > found[kernel].work):
+            found[kernel] = flat
+    yield from found.values()
 
 
 def _flat(rows: Sequence[Row]) -> LaunchBound | None:
@@ -162,14 +177,15 @@ def _flat(rows: Sequence[Row]) -> LaunchBound | None:
     best: LaunchBound | None = None
     for index, small in enumerate(rows):
         for large in rows[index + 1 :]:
-            work = large["flops_total"] / small["flops_total"]
-            if (
-                work >= FLAT_WORK
-                and large["time_us"] < FLAT_RATIO * small["time_us"]
-                and (not best or work > best.work)
-            ):
+            work, change = large["flops_total"] / small["flops_total"], large["time_us"] / small["time_us"]
+            flat = work >= FLAT_WORK and 1 / FLAT_RATIO < change < FLAT_RATIO
+            if flat and (not best or work > best.work):
                 best = LaunchBound(small["kernel"], small["time_us"], work, (_lengths(small), _lengths(large)))
     return best
+
+
+def _problems(count: int) -> str:
+    return f"{count} problem" + ("s" if count != 1 else "")
 
 
 def _lengths(row: Mapping[str, object]) -> str:
