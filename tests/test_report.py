@@ -9,7 +9,6 @@ import io
 import json
 import math
 import re
-import statistics
 from pathlib import Path
 
 import pytest
@@ -295,6 +294,7 @@ def test_one_table_never_mixes_ways_of_timing(timing: dict[str, str]) -> None:
 # --- intervals and verdicts -------------------------------------------------------------------------------------------
 
 T_975_3 = 3.182446305284263
+T_995_3 = 5.840909309733355
 """Student's t with 3 degrees of freedom, from a table."""
 
 
@@ -310,10 +310,14 @@ def test_a_speedup_whose_interval_includes_1_is_a_tie(contender: tuple[float, ..
     logs = [math.log(b / c) for b, c in zip(baseline, contender)]
     mean = sum(logs) / 4
     half = T_975_3 * math.sqrt(sum((v - mean) ** 2 for v in logs) / 3) / 2
-    value = statistics.median(baseline) / statistics.median(contender)
+    value = math.exp(mean)
     assert ratio.value == pytest.approx(value)
-    assert (ratio.low, ratio.high) == pytest.approx((value * math.exp(-half), value * math.exp(half)), rel=1e-9)
+    assert ratio.interval == pytest.approx((value * math.exp(-half), value * math.exp(half)), rel=1e-9)
+    assert ratio.detectable == pytest.approx(math.expm1(half * T_995_3 / T_975_3))
     assert ratio.verdict == verdict
+    row, base = tables.comparisons[0].rows[0]
+    assert base is not None
+    assert ratio.value == pytest.approx(base["time_us"] / row["time_us"]), "the ratio of the times that are printed"
     details = dict(zip(DETAIL_COLUMNS, tables.detail_rows[1]))
     assert details["verdict"] == verdict
     assert details["95% interval of it"] == f"{value * math.exp(-half):.2f} to {value * math.exp(half):.2f}"
@@ -328,7 +332,7 @@ def test_noise_that_both_shared_cancels() -> None:
     )
     ratio = tables.comparisons[0].ratios[0]
     assert ratio is not None
-    assert (ratio.low, ratio.high, ratio.verdict) == (pytest.approx(10 / 9), pytest.approx(10 / 9), "faster")
+    assert (ratio.interval, ratio.verdict) == (pytest.approx((10 / 9, 10 / 9)), "faster")
 
 
 def test_the_summary_is_the_geometric_mean_with_its_verdicts() -> None:
@@ -337,7 +341,7 @@ def test_the_summary_is_the_geometric_mean_with_its_verdicts() -> None:
         results += [at(sq, "sdpa", 10.0, 10.0, 10.1), at(sq, "jit_flash", ours, ours, ours * (1.0 + (sq == 4) * 0.2))]
     summary = Tables(record(*results), "sdpa").comparisons[0].summary
     assert summary == (
-        "jit_flash over sdpa: geometric mean 1.41× on 4 problems (2 faster, 1 tie, 1 slower; 95% intervals)"
+        "jit_flash over sdpa: geometric mean 1.40× on 4 problems (2 faster, 1 tie, 1 slower; at 99% confidence)"
     )
 
 
@@ -458,9 +462,9 @@ def test_the_check_table_shows_verdict_error_and_inputs() -> None:
 
 
 def test_json_has_the_columns_and_null_for_nothing() -> None:
-    data = json.loads(json_text(record(passed(), failed("x")).rows))
+    data = json.loads(json_text(record(passed("jit_flash", (20.0,), (20.0,)), failed("x")).rows))
     assert [list(entry) for entry in data] == [list(COLUMNS)] * 2
-    assert (data[0]["time_us"], data[1]["time_us"], data[1]["reason"], data[0]["causal"]) == (
+    assert (round(data[0]["time_us"], 9), data[1]["time_us"], data[1]["reason"], data[0]["causal"]) == (
         20.0,
         None,
         "it broke",

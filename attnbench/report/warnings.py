@@ -85,8 +85,8 @@ class HostBound:
 
     def __str__(self) -> str:
         return (
-            f"host-bound: on {self.count} problems the host took longer to call {self.kernel} than the device to run it, "
-            "so times hold launch gaps"
+            f"host-bound: on {self.count} problems calling {self.kernel} took the host longer than running it took the "
+            "device, so times hold launch gaps: time larger problems"
         )
 
 
