@@ -192,8 +192,8 @@ class Measurement:
 def speedup(baseline: Measurement, contender: Measurement) -> stats.Ratio:
     """baseline time over contender time, with the intervals of their paired blocks.
 
-    Of unequal numbers of blocks, as an unfinished run may have, those count that both have: what a machine was like in
-    the others would be taken for a difference.
+    Where one has more blocks, the first that both have count for the value too: what the machine was like in the others
+    would be taken for a difference.
     """
     shared = min(len(baseline.blocks), len(contender.blocks))
     base, ours = _first_blocks(baseline, shared), _first_blocks(contender, shared)

@@ -90,11 +90,12 @@ class Ratio:
 
 
 def ratio_of_blocks(value: float, baseline: Sequence[float], contender: Sequence[float]) -> Ratio:
-    """The ratio `value` with the intervals that the log ratios of as many paired blocks give it.
+    """The ratio `value` with the intervals that paired blocks' log ratios give it.
 
-    Block i of both was timed in the same rounds, so what disturbed both cancels. Without two there is no interval.
+    Block i of both was timed in the same rounds, so what disturbed both cancels. Of unequal numbers of blocks, as an
+    unfinished run may have, those count that both have. Without two pairs there is no interval.
     """
-    logs = [math.log(b / c) for b, c in zip(baseline, contender, strict=True)]
+    logs = [math.log(b / c) for b, c in zip(baseline, contender)]
     return Ratio(value, half_width(logs), half_width(logs, VERDICT_LEVEL))
 
 

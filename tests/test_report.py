@@ -9,7 +9,6 @@ import io
 import json
 import math
 import re
-import statistics
 from pathlib import Path
 
 import pytest
@@ -295,6 +294,7 @@ def test_one_table_never_mixes_ways_of_timing(timing: dict[str, str]) -> None:
 # --- intervals and verdicts -------------------------------------------------------------------------------------------
 
 T_975_3 = 3.182446305284263
+T_995_3 = 5.840909309733355
 """Student's t with 3 degrees of freedom, from a table."""
 
 
@@ -310,10 +310,14 @@ def test_a_speedup_whose_interval_includes_1_is_a_tie(contender: tuple[float, ..
     logs = [math.log(b / c) for b, c in zip(baseline, contender)]
     mean = sum(logs) / 4
     half = T_975_3 * math.sqrt(sum((v - mean) ** 2 for v in logs) / 3) / 2
-    value = statistics.median(baseline) / statistics.median(contender)
+    value = math.exp(mean)
     assert ratio.value == pytest.approx(value)
-    assert (ratio.low, ratio.high) == pytest.approx((value * math.exp(-half), value * math.exp(half)), rel=1e-9)
+    assert ratio.interval == pytest.approx((value * math.exp(-half), value * math.exp(half)), rel=1e-9)
+    assert ratio.detectable == pytest.approx(math.expm1(half * T_995_3 / T_975_3))
     assert ratio.verdict == verdict
+    row, base = tables.comparisons[0].rows[0]
+    assert base is not None
+    assert ratio.value == pytest.approx(base["time_us"] / row["time_us"]), "the ratio of the times that are printed"
     details = dict(zip(DETAIL_COLUMNS, tables.detail_rows[1]))
     assert details["verdict"] == verdict
     assert details["95% interval of it"] == f"{value * math.exp(-half):.2f} to {value * math.exp(half):.2f}"
@@ -328,7 +332,7 @@ def test_noise_that_both_shared_cancels() -> None:
     )
     ratio = tables.comparisons[0].ratios[0]
     assert ratio is not None
-    assert (ratio.low, ratio.high, ratio.verdict) == (pytest.approx(10 / 9), pytest.approx(10 / 9), "faster")
+    assert (ratio.interval, ratio.verdict) == (pytest.approx((10 / 9, 10 / 9)), "faster")
 
 
 def test_the_summary_is_the_geometric_mean_with_its_verdicts() -> None:
@@ -337,8 +341,56 @@ def test_the_summary_is_the_geometric_mean_with_its_verdicts() -> None:
         results += [at(sq, "sdpa", 10.0, 10.0, 10.1), at(sq, "jit_flash", ours, ours, ours * (1.0 + (sq == 4) * 0.2))]
     summary = Tables(record(*results), "sdpa").comparisons[0].summary
     assert summary == (
-        "jit_flash over sdpa: geometric mean 1.41× on 4 problems (2 faster, 1 tie, 1 slower; 95% intervals)"
+        "jit_flash over sdpa: geometric mean 1.40× on 4 problems "
+        "(2 faster, 1 tie, 1 slower; verdicts at 99%, intervals shown at 95%)"
     )
+
+
+def test_the_smallest_difference_that_could_have_been_detected_stands_below_each_table() -> None:
+    """Log ratios of ±step around their mean have a standard deviation of step·√(4/3)."""
+    results = []
+    for sq, step in enumerate((0.001, 0.002, 0.01), 1):
+        base = [10 * math.exp(step * sign) for sign in (1, -1, 1, -1)]
+        results += [at(sq, "sdpa", *base), at(sq, "jit_flash", 5.0, 5.0, 5.0, 5.0)]
+    tables = Tables(record(*results), "sdpa")
+    low, middle, high = (math.expm1(T_995_3 * step * math.sqrt(4 / 3) / 2) for step in (0.001, 0.002, 0.01))
+    line = f"detected: {middle:.1%} (median; worst {high:.1%} at b1-h1-q3-k1024-d128-fp16)"
+    assert line == "detected: 0.7% (median; worst 3.4% at b1-h1-q3-k1024-d128-fp16)"
+    assert tables.comparisons[0].detectable == f"smallest difference that could have been {line}"
+    below = tables.render("plain").split("\n\n")[2:4]
+    assert below == [tables.comparisons[0].summary, tables.comparisons[0].detectable]
+    details = [dict(zip(DETAIL_COLUMNS, cells))["detectable"] for cells in tables.detail_rows]
+    assert details == ["—", f"{low:.1%}", "—", f"{middle:.1%}", "—", f"{high:.1%}"]
+
+
+def test_of_one_problem_the_detectable_difference_is_its_own_and_without_intervals_there_is_none() -> None:
+    pair = (at(1, "sdpa", 10.0, 10.0), at(1, "jit_flash", 5.0, 5.0))
+    line = "smallest difference that could have been detected: 0.0%"
+    assert Tables(record(*pair), "sdpa").comparisons[0].detectable == line
+    assert Tables(store.load(ASCEND_CSV)).comparisons[0].detectable == ""
+    assert "smallest difference" not in published()
+
+
+@pytest.mark.parametrize(
+    ("statistic", "words"),
+    [("median", "the geometric mean of its blocks' medians"), ("mean", "the mean of all its calls")],
+)
+def test_the_caption_says_what_a_time_is_and_which_levels_hold(statistic: str, words: str) -> None:
+    tables = Tables(record(at(1, "sdpa", 10.0, 10.1, timing={"statistic": statistic})))
+    assert tables.captions[0].endswith(
+        f"A time is {words}; verdicts at 99%, intervals shown at 95%, both t-intervals over blocks."
+    )
+    assert "verdicts" not in published()
+
+
+def test_a_difference_that_95_percent_would_show_and_99_percent_does_not_is_a_tie() -> None:
+    baseline = [10 * math.exp(0.02 + 0.02 * sign) for sign in (1, -1, 1, -1)]
+    tables = Tables(record(at(1, "sdpa", *baseline), at(1, "jit_flash", 9.8, 9.8, 9.8, 9.8)), "sdpa")
+    (ratio,) = tables.comparisons[0].ratios
+    assert ratio is not None
+    assert ratio.interval is not None
+    assert ratio.interval[0] > 1
+    assert ratio.verdict == "tie"
 
 
 def test_a_csv_has_no_blocks_and_so_no_verdict() -> None:
@@ -458,7 +510,7 @@ def test_the_check_table_shows_verdict_error_and_inputs() -> None:
 
 
 def test_json_has_the_columns_and_null_for_nothing() -> None:
-    data = json.loads(json_text(record(passed(), failed("x")).rows))
+    data = json.loads(json_text(record(passed("jit_flash", (20.0,), (20.0,)), failed("x")).rows))
     assert [list(entry) for entry in data] == [list(COLUMNS)] * 2
     assert (data[0]["time_us"], data[1]["time_us"], data[1]["reason"], data[0]["causal"]) == (
         20.0,

@@ -131,13 +131,13 @@ def test_severity_orders_checks_from_right_to_not_comparable():
 # Measurements
 
 
-def test_time_us_is_the_mean_or_the_median_of_all_calls():
+def test_time_us_is_the_mean_of_all_calls_or_the_geometric_mean_of_the_blocks_medians():
     assert TIMES.samples == (1.0, 2.0, 3.0, 10.0)
     assert TIMES.time_us == 4.0
     assert TIMES.block_times_us == (1.5, 6.5)
-    median = dataclasses.replace(TIMES, blocks=((1.0, 2.0, 9.0), (3.0, 10.0)), statistic="median")
-    assert median.time_us == 3.0
-    assert median.block_times_us == (2.0, 6.5)
+    median = dataclasses.replace(TIMES, blocks=((1.0, 2.0, 9.0), (6.0, 10.0)), statistic="median")
+    assert median.time_us == median.median_us == pytest.approx(4.0)
+    assert median.block_times_us == (2.0, 8.0)
 
 
 times = st.floats(1e-3, 1e6)
@@ -163,11 +163,41 @@ def test_speedup_is_baseline_over_contender_over_paired_blocks():
     fast = dataclasses.replace(TIMES, blocks=((5.0,), (10.0,), (20.0,)))
     found = speedup(slow, fast)
     assert found.value == pytest.approx(2.0)
-    assert (found.low, found.high) == pytest.approx((2.0, 2.0))
+    assert found.interval == pytest.approx((2.0, 2.0))
     assert found.verdict == "faster"
     assert speedup(fast, slow).verdict == "slower"
     assert speedup(slow, slow).verdict == "tie"
     assert speedup(slow, dataclasses.replace(fast, blocks=((5.0,),))).verdict == "-"
+
+
+def test_of_unequal_blocks_only_those_that_both_have_are_compared():
+    """The machine became four times slower when the contender had no more blocks: that is no speedup."""
+    long = dataclasses.replace(TIMES, blocks=((10.0,), (10.1,), (40.0,), (40.0,)), statistic="median")
+    short = dataclasses.replace(TIMES, blocks=((10.1,), (10.0,)), statistic="median")
+    for statistic in ("mean", "median"):
+        base, ours = (dataclasses.replace(m, statistic=statistic) for m in (long, short))
+        assert speedup(base, ours).value == pytest.approx(1.0)
+        assert speedup(base, ours).verdict == "tie"
+        assert speedup(ours, base).value == pytest.approx(1.0)
+
+
+def test_under_the_mean_the_speedup_is_the_ratio_of_means_with_the_blocks_interval_around_it():
+    base = dataclasses.replace(TIMES, blocks=((10.0, 30.0, 20.0), (40.0,)))
+    ours = dataclasses.replace(TIMES, blocks=((10.0,), (10.0,)))
+    found = speedup(base, ours)
+    assert found.value == 2.5
+    half = 12.706204736 * math.log(2) / 2  # t with 1 degree of freedom; the log ratios are ln 2 and ln 4
+    assert found.interval == pytest.approx((2.5 * math.exp(-half), 2.5 * math.exp(half)))
+
+
+def test_blocks_that_are_worlds_apart_have_an_interval_all_the_same():
+    wild = dataclasses.replace(TIMES, blocks=((1e-9,), (1e15,)), statistic="median")
+    steady = dataclasses.replace(TIMES, blocks=((1e15,), (1e-9,)), statistic="median")
+    assert wild.ci95_us[0] < wild.time_us < wild.ci95_us[1] < math.inf
+    found = speedup(wild, steady)
+    assert found.verdict == "tie"
+    assert 1e100 < found.detectable < math.inf
+    assert found.interval[0] < 1 < found.interval[1]
 
 
 # Status and key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import numpy as np
 import pytest
@@ -66,47 +67,50 @@ def test_ratio_intervals_hold_the_true_speedup_in_95_of_100_and_ignore_what_dist
         slow = [200 * c * math.exp(source.gauss(0, 0.01)) for c in common]
         fast = [100 * c * math.exp(source.gauss(0, 0.01)) for c in common]
         ratio = ratio_of_blocks(geometric_mean(slow) / geometric_mean(fast), slow, fast)
-        assert ratio.low is not None
-        assert ratio.high is not None
-        held += ratio.low <= 2.0 <= ratio.high
-        widths.append(ratio.high / ratio.low - 1)
+        assert ratio.interval is not None
+        low, high = ratio.interval
+        held += low <= 2.0 <= high
+        widths.append(high / low - 1)
     assert held / sets == pytest.approx(0.95, abs=0.02)
     assert max(widths) < 0.1
 
 
 def test_ratio_of_blocks_of_known_values():
     ratio = ratio_of_blocks(2.0, [2.0, 2.2, 1.8], [1.0, 1.0, 1.0])
-    half = half_width([math.log(2.0), math.log(2.2), math.log(1.8)])
-    assert half is not None
+    logs = [math.log(2.0), math.log(2.2), math.log(1.8)]
     assert ratio.value == 2.0
-    assert (ratio.low, ratio.high) == pytest.approx((2.0 * math.exp(-half), 2.0 * math.exp(half)))
+    # t with 2 degrees of freedom at 97.5% and 99.5%, from a table.
+    assert ratio.half == pytest.approx(4.302652729911275 * statistics.stdev(logs) / math.sqrt(3))
+    assert ratio.verdict_half == pytest.approx(9.92484320047 * statistics.stdev(logs) / math.sqrt(3))
+    assert ratio.half is not None
+    assert ratio.interval == pytest.approx((2.0 * math.exp(-ratio.half), 2.0 * math.exp(ratio.half)))
 
 
-@pytest.mark.parametrize(("baseline", "contender"), [([2.0], [1.0]), ([], []), ([2.0, 2.0], [1.0, 1.0, 1.0])])
+@pytest.mark.parametrize(("baseline", "contender"), [([2.0], [1.0]), ([], []), ([2.0], [1.0, 1.0, 1.0])])
 def test_without_two_pairs_there_is_no_interval(baseline, contender):
-    assert ratio_of_blocks(2.0, baseline, contender) == Ratio(2.0, None, None)
+    ratio = ratio_of_blocks(2.0, baseline, contender)
+    assert ratio == Ratio(2.0)
+    assert (ratio.interval, ratio.verdict, ratio.detectable) == (None, "-", None)
+
+
+def test_of_unequal_numbers_of_blocks_those_count_that_both_have():
+    assert ratio_of_blocks(2.0, [2.0, 2.2], [1.0, 1.0, 7.0]) == ratio_of_blocks(2.0, [2.0, 2.2], [1.0, 1.0])
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [
-        (1.01, 1.2, "faster"),
-        (0.8, 0.99, "slower"),
-        (0.9, 1.1, "tie"),
-        (1.0, 1.2, "tie"),
-        (0.8, 1.0, "tie"),
-        (None, None, "-"),
-        (1.1, None, "-"),
-        (None, 0.9, "-"),
-    ],
+    ("value", "half", "verdict"),
+    [(1.05, 0.04, "faster"), (1.05, 0.05, "tie"), (0.95, 0.05, "slower"), (0.95, 0.06, "tie"), (1.0, 0.0, "tie")],
 )
-def test_the_verdict_is_a_tie_where_the_interval_includes_one(low, high, verdict):
-    assert Ratio(1.05, low, high).verdict == verdict
+def test_the_verdict_is_a_tie_where_the_99_percent_interval_includes_one(value, half, verdict):
+    ratio = Ratio(value, half / 10, half)
+    assert ratio.verdict == verdict
+    assert ratio.detectable == pytest.approx(math.exp(half) - 1)
 
 
 def test_geometric_mean_is_the_mean_of_ratios():
     assert geometric_mean([2.0, 0.5]) == pytest.approx(1.0)
     assert geometric_mean([1.0, 10.0, 100.0]) == pytest.approx(10.0)
+    assert {x: geometric_mean([x] * 5) for x in (0.1, 19.2, 70.338, 1e15)} == {x: x for x in (0.1, 19.2, 70.338, 1e15)}
 
 
 def test_tables_show_95_percent():

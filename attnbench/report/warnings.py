@@ -47,7 +47,7 @@ class LaunchBound:
     def __str__(self) -> str:
         return (
             f"launch-bound? {self.kernel} stays at about {self.time_us:.1f} µs over {self.work:.0f}× more work "
-            f"({self.cases[0]} to {self.cases[1]}): time larger problems, or look at the host's part of it"
+            f"({self.cases[0]} to {self.cases[1]}): unless more cores took the rest, time larger problems"
         )
 
 
@@ -93,8 +93,8 @@ class HostBound:
 
     def __str__(self) -> str:
         return (
-            f"host-bound: on {_problems(self.count)} the host took longer to call {self.kernel} than the device to run "
-            "it, so the queue could not be kept full: time larger problems, or launch less in a call"
+            f"host-bound: on {_problems(self.count)} calling {self.kernel} took the host longer than running it took "
+            "the device, so the queue could not be kept full and times hold launch gaps: time larger problems"
         )
 
 
