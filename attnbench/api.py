@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnbench import environment, plan, registry, runner, store
+from attnbench import discovery, environment, plan, registry, runner, store
 from attnbench.errors import AttnbenchError, ExitCode
 from attnbench.isolation import IsolatedWorker
 from attnbench.plan import Plan, Selection
@@ -67,6 +68,7 @@ def execute(
     Raises AttnbenchError where the timeout is none, or the directory cannot be written; what was finished stays in it.
     """
     require_timeout(timeout_s)
+    start = _starter(the_plan, timeout_s, isolate=isolate)
     header = {
         "schema_version": SCHEMA_VERSION,
         "command": list(command),
@@ -83,9 +85,7 @@ def execute(
     writer = RunWriter(out, header, the_plan.info) if out else _new_run(the_plan, header)
     interrupted = False
     try:
-        runner.run(
-            the_plan, protocol, writer.add, observer, seed=seed, start=_starter(the_plan, timeout_s, isolate=isolate)
-        )
+        runner.run(the_plan, protocol, writer.add, observer, seed=seed, start=start)
     except KeyboardInterrupt:
         interrupted = True
     if writer.results:
@@ -102,9 +102,19 @@ def require_timeout(seconds: float) -> None:
 
 
 def _starter(the_plan: Plan, timeout_s: float, *, isolate: bool) -> Callable[[BackendInfo], AnyWorker]:
-    """What starts a backend's worker: in a process of its own or, for a debugger, in this one."""
+    """What starts a backend's worker: in a process of its own or, for a debugger, in this one.
+
+    Raises AttnbenchError where this one is not the backend's interpreter.
+    """
     if isolate:
-        return lambda info: IsolatedWorker(info, timeout_s)
+        return lambda info: IsolatedWorker(info, timeout_s, python=info.source.python or sys.executable)
+    for entry in the_plan.entries:
+        if entry.backend is not None and entry.backend.source.python:
+            shown = environment.without_home(entry.backend.source.python)
+            raise AttnbenchError(
+                f"{entry.name} belongs to {shown}: it cannot run in this process",
+                f"leave out --no-isolate, or --skip {entry.name}",
+            )
     return lambda info: Worker(registry.load(info), the_plan.device, timeout_s)
 
 
@@ -176,20 +186,22 @@ def run(
     seed: int = 0,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     isolate: bool = True,
+    python: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """Run backends over a suite, as `attnbench run` does, and return results.csv as a DataFrame.
 
     `backends` is a list or a comma list of names or prefixes (None: all available); `suite` a name or a TOML file;
     seqlen_q, seqlen_k, head_dim, batch and heads are each a value or a list, and exclude a suite. The run directory is
     `out`, by default a new one under reports/. Without `isolate` backends run in this process, as under --no-isolate.
-    The rest is as in `attnbench run --help`.
+    `python` maps names of entry points or backends to other interpreters, as --python does. The rest is as in
+    `attnbench run --help`.
 
     Raises AttnbenchError for what cannot be run, and KeyboardInterrupt when interrupted, after writing what was
     finished.
     """
     from attnbench.report.tables import frame
 
-    catalogue = registry.discover()
+    catalogue = discovery.discover(python=python)
     selection = Selection(
         backends=_comma_list(backends),
         suite=None if suite is None else str(suite),

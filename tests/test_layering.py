@@ -19,7 +19,7 @@ LAYERS = (
     ("jit", "devices", "reference"),
     ("registry", "protocol", "rows", "store", "environment"),
     ("plan", "worker", "wire", "keeper"),
-    ("serve", "isolation"),
+    ("serve", "isolation", "describe", "discovery"),
     ("runner",),
     ("report",),
     ("api",),
