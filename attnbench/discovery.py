@@ -319,8 +319,8 @@ class _Process:
         self._control.close()
         try:
             self._keeper.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._keeper.kill()
+        except subprocess.TimeoutExpired:  # an interpreter that is none has no keeper, but it leads its session
+            os.killpg(self._keeper.pid, signal.SIGKILL)
             self._keeper.wait()
 
 
