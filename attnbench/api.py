@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnbench import environment, ledger, plan, registry, roofline, runner, store
+from attnbench import discovery, environment, ledger, plan, registry, roofline, runner, store
 from attnbench.blocks import How, Progress
 from attnbench.devices import DeviceInfo, peaks
 from attnbench.errors import AttnbenchError, ExitCode, in_a_line
@@ -86,6 +87,7 @@ def execute(
     cannot be written, or the run to go on with was made differently; what was finished stays in it.
     """
     require_timeout(how.timeout_s)
+    start = _starter(the_plan, how)
     books = books or Ledger()
     with books.spend(ledger.START):
         info = peaks.with_peaks(the_plan.info, the_plan.device)
@@ -119,7 +121,7 @@ def execute(
         how.protocol,
         writer,
         observer,
-        start=_starter(the_plan, how),
+        start=start,
         watch=MachineWatch(the_plan.device),
         seed=how.seed,
         baseline=the_plan.timed_baseline,
@@ -223,9 +225,19 @@ def require_timeout(seconds: float) -> None:
 
 
 def _starter(the_plan: Plan, how: Settings) -> Callable[[BackendInfo], AnyWorker]:
-    """What starts a backend's worker: in a process of its own or, for a debugger, in this one."""
+    """What starts a backend's worker: in a process of its own or, for a debugger, in this one.
+
+    Raises AttnbenchError where this one is not the backend's interpreter.
+    """
     if how.isolate:
-        return lambda info: IsolatedWorker(info, how.timeout_s)
+        return lambda info: IsolatedWorker(info, how.timeout_s, python=info.source.python or sys.executable)
+    for entry in the_plan.entries:
+        if entry.backend is not None and entry.backend.source.python:
+            shown = environment.without_home(entry.backend.source.python)
+            raise AttnbenchError(
+                f"{entry.name} belongs to {shown}: it cannot run in this process",
+                f"leave out --no-isolate, or --skip {entry.name}",
+            )
     seal = Seal(the_plan.device.timing_functions())
     return lambda info: Worker(registry.load(info), the_plan.device, how.timeout_s, seal)
 
@@ -311,20 +323,22 @@ def run(
     seed: int = 0,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     isolate: bool = True,
+    python: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """Run backends over a suite, as `attnbench run` does, and return results.csv as a DataFrame.
 
     `backends` is a list or a comma list of names or prefixes (None: all available); `suite` a name or a TOML file;
     seqlen_q, seqlen_k, head_dim, batch and heads are each a value or a list, and exclude a suite. The run directory is
     `out`, by default a new one under reports/. Without `isolate` backends run in this process, as under --no-isolate.
-    The rest is as in `attnbench run --help`.
+    `python` maps names of entry points or backends to other interpreters, as --python does. The rest is as in
+    `attnbench run --help`.
 
     Raises AttnbenchError for what cannot be run, and KeyboardInterrupt when interrupted, after writing what was
     finished.
     """
     from attnbench.report.tables import frame
 
-    catalogue = registry.discover()
+    catalogue = discovery.discover(python=python)
     selection = Selection(
         backends=_comma_list(backends),
         suite=None if suite is None else str(suite),

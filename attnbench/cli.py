@@ -56,6 +56,14 @@ Seed = Annotated[int, typer.Option(help="Seed of inputs, order and sampled rows.
 NoPlugin = Annotated[
     list[str] | None, typer.Option(help="Do not load this entry point. Can be given again.", metavar="NAME")
 ]
+Python = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--python",
+        help="Take this plugin or backend from another interpreter's environment. Can be given again.",
+        metavar="NAME=EXE",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Baseline = Annotated[
     str | None,
@@ -92,11 +100,12 @@ def root(
 def list_backends(
     device: Annotated[str | None, typer.Option(help="Only backends of this device.", metavar="NAME")] = None,
     no_plugin: NoPlugin = None,
+    python: Python = None,
     as_json: AsJson = False,
 ) -> None:
     """List backends: on which device, and whether this machine can run them or why not."""
     with _data() as out:
-        catalogue = _discover(no_plugin)
+        catalogue = _discover(no_plugin, python)
         kind = None
         if device is not None:
             from attnbench import devices
@@ -129,10 +138,10 @@ def list_backends(
 
 
 @app.command()
-def plugins(no_plugin: NoPlugin = None, as_json: AsJson = False) -> None:
+def plugins(no_plugin: NoPlugin = None, python: Python = None, as_json: AsJson = False) -> None:
     """List plugins: where they come from, what they bring, and why one failed to load."""
     with _data() as out:
-        catalogue = _discover(no_plugin)
+        catalogue = _discover(no_plugin, python)
         if as_json:
             _print_json(
                 out,
@@ -155,7 +164,7 @@ def plugins(no_plugin: NoPlugin = None, as_json: AsJson = False) -> None:
                 p.source.version,
                 ", ".join(p.backends),
                 ", ".join(p.suites),
-                p.error_line or "loaded",
+                p.error_line or _loaded_by(p.source.python),
             ]
             for p in catalogue.plugins
         ]
@@ -180,6 +189,7 @@ def check(
     timeout: Timeout = 120.0,
     seed: Seed = 0,
     no_plugin: NoPlugin = None,
+    python: Python = None,
     no_isolate: NoIsolate = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -190,7 +200,7 @@ def check(
         from attnbench import api
 
         api.require_timeout(timeout)
-        catalogue, the_plan = _plan(selection, no_plugin)
+        catalogue, the_plan = _plan(selection, no_plugin, python)
         _tell_plan(the_plan, "correctness alone")
         from attnbench.report.tables import check_table
 
@@ -244,6 +254,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and exit.")] = False,
     seed: Seed = 0,
     no_plugin: NoPlugin = None,
+    python: Python = None,
     no_isolate: NoIsolate = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -256,7 +267,7 @@ def run(
     with _data() as stream:
         from attnbench import api, ledger
         from attnbench.ledger import Ledger
-        from attnbench.protocol import Protocol, make_protocol
+        from attnbench.protocol import make_protocol
         from attnbench.runner import DEFAULT_TIMEOUT_S
 
         api.require_timeout(timeout)
@@ -266,12 +277,13 @@ def run(
         if resume is not None:
             resume, out = _run_to_resume(resume, out), None
             earlier = api.Earlier.of(resume)
-            how = earlier.protocol if how == Protocol() else how
+            if (protocol, warmup, iters, budget, cache) == (None, None, None, None, "hot"):
+                how = earlier.protocol
             seed, timeout = seed or earlier.seed, earlier.timeout_s if timeout == DEFAULT_TIMEOUT_S else timeout
             if selection.is_default:
                 selection, suite_before = earlier.selection, earlier.suite
         with books.spend(ledger.START):
-            catalogue, the_plan = _plan(selection, no_plugin, suite_before)
+            catalogue, the_plan = _plan(selection, no_plugin, python, suite_before)
         if dry_run:
             _print_plan(stream, the_plan, as_json)
             return
@@ -340,12 +352,12 @@ def report(
 
 
 @app.command()
-def env(no_plugin: NoPlugin = None, as_json: AsJson = False) -> None:
+def env(no_plugin: NoPlugin = None, python: Python = None, as_json: AsJson = False) -> None:
     """Show the hardware and software that a run would record."""
     with _data() as out:
         from attnbench import environment
 
-        facts = environment.fingerprint(_discover(no_plugin))
+        facts = environment.fingerprint(_discover(no_plugin, python))
         if as_json:
             _print_json(out, facts)
             return
@@ -386,10 +398,30 @@ def cache_clear() -> None:
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _discover(no_plugin: Sequence[str] | None) -> Catalogue:
-    from attnbench import registry
+def _discover(no_plugin: Sequence[str] | None, python: Sequence[str] | None) -> Catalogue:
+    from attnbench import discovery
 
-    return registry.discover(frozenset(no_plugin or ()))
+    return discovery.discover(frozenset(no_plugin or ()), _interpreters(python or ()))
+
+
+def _interpreters(words: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for word in words:
+        name, _, executable = (part.strip() for part in word.partition("="))
+        if not name or not executable:
+            raise AttnbenchError(
+                f"--python must be NAME=EXE, not {word!r}", "for example --python flash=/envs/flash/bin/python"
+            )
+        if name in found:
+            raise AttnbenchError(f"--python gives {name} two interpreters", "give one")
+        found[name] = executable
+    return found
+
+
+def _loaded_by(python: str) -> str:
+    from attnbench.environment import without_home
+
+    return f"loaded by {without_home(python)}" if python else "loaded"
 
 
 def _selection(options: dict[str, Any]) -> Selection:
@@ -410,10 +442,15 @@ def _run_to_resume(resume: Path, out: Path | None) -> Path:
     return out
 
 
-def _plan(selection: Selection, no_plugin: Sequence[str] | None, suite: Suite | None = None) -> tuple[Catalogue, Plan]:
+def _plan(
+    selection: Selection,
+    no_plugin: Sequence[str] | None,
+    python: Sequence[str] | None,
+    suite: Suite | None = None,
+) -> tuple[Catalogue, Plan]:
     from attnbench import plan
 
-    catalogue = _discover(no_plugin)
+    catalogue = _discover(no_plugin, python)
     _tell_failures(catalogue)
     return catalogue, plan.make(selection, catalogue, suite)
 

@@ -303,6 +303,19 @@ class Suite:
     def __len__(self) -> int:
         return len(self.problems)
 
+    def to_json(self) -> dict[str, Any]:
+        problems = [problem.to_json() for problem in self.problems]
+        return {"name": self.name, "problems": problems, "summary": self.summary}
+
+    @classmethod
+    def from_json(cls, data: object) -> Suite:
+        """The suite that `to_json` wrote. Raises ValueError where it is anything else."""
+        match data:
+            case {"name": str(name), "problems": [*problems], "summary": str(summary), **rest} if not rest:
+                if all(isinstance(problem, dict) for problem in problems):
+                    return cls(name, tuple(map(Problem.from_json, problems)), summary)
+        raise ValueError("a suite is a name, problems and a summary")
+
 
 def cross(**axes: Sequence[Any]) -> tuple[Problem, ...]:
     """Every combination of the given fields' values, the first field varying slowest."""

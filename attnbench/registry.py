@@ -1,27 +1,28 @@
-"""Owns which plugins there are: entry points → backends and suites, each plugin's failure isolated from the rest.
+"""Owns what a plugin is to attnbench: an entry point, what it brings, and loading it in the process that asks.
 
-Callers get plain facts (Catalogue) and, where a case runs, `load` the one backend they need; so loading can move to
-another process without them noticing.
+Everything but `load` is for a process that may die of it: attnbench's own knows plugins from discovery.py alone, as
+plain data (Catalogue).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
+import re
 import time
 import traceback
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import pluggy
 
-from attnbench import hookspecs, settings
-from attnbench.backend import Backend, faults
-from attnbench.errors import AttnbenchError, in_a_line
-from attnbench.problem import BUILTIN_SUITES, DeviceKind, Suite
+from attnbench import hookspecs
+from attnbench.backend import NAME_PATTERN, Backend, faults
+from attnbench.errors import in_a_line
+from attnbench.problem import DEVICE_KINDS, DeviceKind, Suite
 
-OWN_DISTRIBUTION = "attnbench"
 MACHINERY = frozenset({"attnbench", "importlib", "pluggy"})
 """Packages whose frames come before a plugin's own in a traceback, and say nothing about it."""
 
@@ -34,6 +35,17 @@ class EntryPointRef:
     version: str
     name: str
     value: str
+    python: str = ""
+    """The interpreter whose environment it is installed in; empty for the one that runs attnbench."""
+
+    def to_json(self) -> dict[str, str]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> EntryPointRef:
+        """What `to_json` wrote. Raises ValueError where it is anything else."""
+        texts = _table(data, {field.name for field in dataclasses.fields(cls)})
+        return cls(**{name: _text(value) for name, value in texts.items()})
 
 
 @dataclass(frozen=True)
@@ -83,44 +95,110 @@ class Catalogue:
         return tuple(plugin for plugin in self.plugins if plugin.error is not None)
 
 
+@dataclass(frozen=True)
+class Description:
+    """One entry point and all that it brought, before anybody asked whether it clashes with another."""
+
+    source: EntryPointRef
+    backends: tuple[BackendInfo, ...] = ()
+    suites: tuple[Suite, ...] = ()
+    load_s: float = 0.0
+    error: str | None = None
+
+    @property
+    def plugin(self) -> PluginInfo:
+        names = tuple(dict.fromkeys(info.name for info in self.backends))
+        return PluginInfo(self.source, names, tuple(suite.name for suite in self.suites), self.load_s, self.error)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types, without the source, which whoever asked knows."""
+        fields = ("name", "device", "summary", "homepage", "reason")
+        return {
+            "backends": [{field: getattr(info, field) for field in fields} for info in self.backends],
+            "suites": [suite.to_json() for suite in self.suites],
+            "load_s": self.load_s,
+            "error": self.error,
+        }
+
+    @classmethod
+    def from_json(cls, data: object, source: EntryPointRef) -> Description:
+        """What `to_json` wrote. Raises ValueError where it is anything else."""
+        facts = _table(data, {"backends", "suites", "load_s", "error"})
+        backends = tuple(_backend(item, source) for item in _list(facts["backends"]))
+        suites = tuple(map(Suite.from_json, _list(facts["suites"])))
+        load_s, error = facts["load_s"], facts["error"]
+        if isinstance(load_s, bool) or not isinstance(load_s, (int, float)) or load_s < 0:
+            raise ValueError(f"{load_s!r} is no time")
+        if error is not None and (not _text(error).strip() or backends or suites):
+            raise ValueError("what failed has a message and brings nothing")
+        return cls(source, backends, suites, float(load_s), error)
+
+
+def _backend(data: object, source: EntryPointRef) -> BackendInfo:
+    facts = _table(data, {"name", "device", "summary", "homepage", "reason"})
+    name, device, reason = _text(facts["name"]), facts["device"], facts["reason"]
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ValueError(f"{name!r} is no backend's name")
+    if device not in DEVICE_KINDS:
+        raise ValueError(f"{device!r} is no device")
+    if reason is not None and not _text(reason):
+        raise ValueError("an empty reason says nothing")
+    return BackendInfo(name, device, _text(facts["summary"]), _text(facts["homepage"]), reason is None, reason, source)
+
+
+def _table(data: object, keys: set[str]) -> Mapping[str, Any]:
+    if not isinstance(data, dict) or set(data) != keys:
+        raise ValueError(f"it is no object of {', '.join(sorted(keys))}")
+    return data
+
+
+def _list(data: object) -> list[Any]:
+    if not isinstance(data, list):
+        raise ValueError("it is no list")
+    return data
+
+
+def _text(data: object) -> str:
+    if not isinstance(data, str):
+        raise ValueError("it is no text")
+    return data
+
+
 class PluginError(Exception):
     """A plugin broke the contract; the message says how."""
 
 
-def discover(without: Collection[str] = ()) -> Catalogue:
-    """Load every entry point of group `attnbench.backends`, but for those that ATTNBENCH_PLUGINS or `without` excludes.
+def entry_points() -> list[EntryPointRef]:
+    """What group `attnbench.backends` holds in this process's environment, each once."""
+    found = set()
+    for entry in importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
+        distribution = entry.dist
+        name, version = (distribution.name, distribution.version) if distribution else ("unknown", "")
+        found.add(EntryPointRef(name, version, entry.name, entry.value))
+    return sorted(found, key=lambda ref: (ref.distribution, ref.name, ref.value, ref.version))
 
-    A plugin that fails to import, exits, misspells a hook, brings something that is no backend, or clashes with an
-    earlier one brings nothing, and is in the catalogue with its error. Raises AttnbenchError where `without` names
-    an entry point that is not there.
+
+def describe(source: EntryPointRef) -> Description:
+    """Load one entry point in this process and describe what it brings.
+
+    A plugin that fails to import, exits, misspells a hook, or brings something that is no backend brings nothing but
+    its error. One that ends the process ends it.
     """
-    plugins: list[PluginInfo] = []
-    backends: dict[tuple[str, str], BackendInfo] = {}
-    suites: dict[str, Suite] = {suite.name: suite for suite in BUILTIN_SUITES}
-    for source in _entry_points(without):
-        start = time.perf_counter()
-        try:
-            found = [_describe(backend, source) for backend in _load_plugin(source).backends]
-            _refuse_clashes([(info.name, info.device) for info in found], backends, "backend")
-            brought = _load_plugin(source).suites
-            _refuse_clashes([suite.name for suite in brought], suites, "suite")
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a plugin may raise anything, and may try to end the process
-            plugins.append(PluginInfo(source, (), (), time.perf_counter() - start, _trace(error)))
-            continue
-        backends.update({(info.name, info.device): info for info in found})
-        suites.update({suite.name: suite for suite in brought})
-        names = tuple(dict.fromkeys(info.name for info in found))
-        suite_names = tuple(suite.name for suite in brought)
-        plugins.append(PluginInfo(source, names, suite_names, time.perf_counter() - start, None))
-    return Catalogue(tuple(plugins), tuple(backends.values()), tuple(suites.values()))
+    start = time.perf_counter()
+    try:
+        loaded = _load_plugin(source)
+        backends = tuple(_describe(backend, source) for backend in loaded.backends)
+    except BaseException as error:  # a plugin may raise anything, and may try to end the process
+        return Description(source, load_s=time.perf_counter() - start, error=_trace(error))
+    return Description(source, backends, loaded.suites, time.perf_counter() - start)
 
 
 def load(info: BackendInfo) -> Backend:
-    """The backend itself, of the plugin that `discover` found it in."""
-    backends = _load_plugin(info.source).backends
-    return next(b for b in backends if (b.name, b.device) == (info.name, info.device))
+    """The backend itself, of the plugin that it was found in. Raises what the plugin raises, and PluginError."""
+    for backend in _load_plugin(info.source).backends:
+        if (backend.name, backend.device) == (info.name, info.device):
+            return backend
+    raise PluginError(f"{info.source.value} brings no {info.name} on {info.device} any more")
 
 
 @dataclass(frozen=True)
@@ -164,28 +242,6 @@ def _describe(backend: Backend, source: EntryPointRef) -> BackendInfo:
         raise PluginError(f"{backend.name}.unavailable() returned {reason!r}, neither a reason nor None")
     summary, homepage = getattr(backend, "summary", ""), getattr(backend, "homepage", "")
     return BackendInfo(backend.name, backend.device, summary, homepage, reason is None, reason, source)
-
-
-def _refuse_clashes(keys: list[Any], taken: Collection[Any], what: str) -> None:
-    for index, key in enumerate(keys):
-        if key in taken or key in keys[:index]:
-            name = " on ".join(key) if isinstance(key, tuple) else key
-            raise PluginError(f"{what} {name} is there already")
-
-
-def _entry_points(without: Collection[str]) -> list[EntryPointRef]:
-    wanted = settings.plugins()
-    entries = importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)
-    if missing := sorted(set(without) - entries.names):
-        raise AttnbenchError(f"no plugin is called {missing[0]!r}", f"there are {', '.join(sorted(entries.names))}")
-    found = set()
-    for entry in entries:
-        if entry.name in without or (wanted is not None and entry.name not in wanted):
-            continue
-        distribution = entry.dist
-        name, version = (distribution.name, distribution.version) if distribution else ("unknown", "")
-        found.add(EntryPointRef(name, version, entry.name, entry.value))
-    return sorted(found, key=lambda ref: (ref.distribution != OWN_DISTRIBUTION, ref.distribution, ref.name, ref.value))
 
 
 def _trace(error: BaseException) -> str:

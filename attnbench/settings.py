@@ -1,16 +1,28 @@
-"""Owns every ATTNBENCH_* environment variable: its name, its meaning, its default. Reads nothing else.
+"""Owns every setting from outside the command line: the ATTNBENCH_* variables and the user's own config.toml.
 
-Each is read when asked for, not at import, so a test or a parent process can set it at any time.
+Each is read when asked for, not at import, so a test or a parent process can set it at any time. Nothing is ever read
+from the current folder.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+
+from attnbench.errors import AttnbenchError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def plugins() -> frozenset[str] | None:
-    """ATTNBENCH_PLUGINS: comma-separated entry-point names to load; empty loads none, unset loads all (None)."""
+    """ATTNBENCH_PLUGINS: comma-separated entry-point names to load; empty loads none, unset loads all (None).
+
+    It restricts what comes from other interpreters too, by the names that `--python` and config.toml give.
+    """
     value = os.environ.get("ATTNBENCH_PLUGINS")
     if value is None:
         return None
@@ -26,3 +38,49 @@ def cache_dir() -> Path | None:
 def cxx() -> str | None:
     """ATTNBENCH_CXX, else CXX: the C++ compiler to use; unset looks for c++, g++ and clang++ on PATH."""
     return os.environ.get("ATTNBENCH_CXX") or os.environ.get("CXX") or None
+
+
+def config_file() -> Path | None:
+    """ATTNBENCH_CONFIG, else attnbench/config.toml in XDG_CONFIG_HOME or ~/.config; None where that is not there.
+
+    Raises AttnbenchError where ATTNBENCH_CONFIG is a relative path.
+    """
+    if value := os.environ.get("ATTNBENCH_CONFIG"):
+        if not os.path.isabs(value):
+            raise AttnbenchError(f"ATTNBENCH_CONFIG must be an absolute path, not {value!r}")
+        return Path(value)
+    home = os.environ.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(home):  # the XDG specification: relative ones are to be ignored
+        home = os.path.expanduser("~/.config")
+    path = Path(home, "attnbench", "config.toml")
+    return path if path.is_absolute() and os.path.lexists(path) else None
+
+
+def interpreters() -> dict[str, str]:
+    """Table [python] of the user's config.toml: NAME = "EXE", as in `--python NAME=EXE`; empty without the file.
+
+    Raises AttnbenchError where the file cannot be read, or holds anything else.
+    """
+    path = config_file()
+    if path is None:
+        return {}
+    hint = 'it may hold a table [python] of lines like name = "/envs/name/bin/python"'
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AttnbenchError(f"cannot read {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise AttnbenchError(f"{path} is nested too deeply", hint) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise AttnbenchError(f"{path} is not TOML: {error}", hint) from error
+    if unknown := sorted(set(data) - {"python"}):
+        raise AttnbenchError(f"{path} has an unknown key {unknown[0]!r}", hint)
+    table = data.get("python", {})
+    if not isinstance(table, dict):
+        raise AttnbenchError(f"{path}: python must be a table", hint)
+    for name, executable in table.items():
+        if not isinstance(executable, str) or not executable.strip() or not name.strip():
+            raise AttnbenchError(f"{path}: {name!r} in [python] must name an interpreter", hint)
+        if "/" in executable and not os.path.isabs(os.path.expanduser(executable)):
+            raise AttnbenchError(f"{path}: {name} must be an absolute path or a command, not {executable!r}", hint)
+    return table

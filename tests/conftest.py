@@ -20,6 +20,7 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.delenv(name, raising=False)
         for name in ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES"):  # `auto` is the CPU on every machine
             patch.setenv(name, "")
+        patch.setenv("ATTNBENCH_CONFIG", os.devnull)
         patch.setenv("ATTNBENCH_CACHE_DIR", str(tmp_path_factory.mktemp("attnbench-cache")))
         yield
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import ASCEND_CSV, PLUGIN_HEAD, QUICK, SCRIPT, TINY, Answer, PluginFolder, attnbench, python
 
-from attnbench import registry, store
+from attnbench import discovery, store
 from attnbench.errors import ExitCode
 from attnbench.rows import COLUMNS
 
@@ -414,7 +414,7 @@ def test_an_interrupt_anywhere_is_130_and_one_line(command: str, cli: Cli, monke
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(registry, "discover", interrupt)
+    monkeypatch.setattr(discovery, "discover", interrupt)
     answer = cli(command)
     assert (answer.code, answer.out, answer.problem) == (130, "", "error: interrupted")
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("jit", "devices", "reference", "patches", "spot"),
     ("registry", "protocol", "roofline", "rows", "store", "environment", "watch"),
     ("plan", "worker", "wire", "keeper"),
-    ("serve", "isolation"),
+    ("serve", "isolation", "describe", "discovery"),
     ("turn", "runner"),
     ("report",),
     ("api",),
@@ -132,16 +132,8 @@ def test_pandas_and_tabulate_live_only_in_report(module):
 
 @pytest.mark.parametrize("module", modules(), ids=lambda m: m or "attnbench")
 def test_torch_is_imported_with_a_module_only_where_something_is_computed(module):
-    computes = {
-        "reference",
-        "patches",
-        "spot",
-        "worker",
-        "devices.cpu",
-        "devices.cuda",
-        "devices.npu",
-        "devices.events",
-    }
+    devices = {"devices.cpu", "devices.cuda", "devices.npu", "devices.events", "devices.peaks"}
+    computes = {"reference", "patches", "spot", "worker"} | devices
     tops = {name.split(".")[0] for name in imported(module, lazy=False)}
     assert ("torch" in tops) is (module in computes)
 

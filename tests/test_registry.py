@@ -1,16 +1,26 @@
-"""attnbench.registry and hookspecs: what loads, what is refused and why, and that one failure spoils nothing else."""
+"""attnbench.registry and hookspecs: what loads, what is refused and why, what clashes, and that nothing else is spoilt.
+
+Discovery's processes are test_discovery.py's; most tests here leave attnbench's own plugins out, which import torch.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
+import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from helpers import PluginFolder
 
 from attnbench import hookspecs, plan, registry
+from attnbench.discovery import discover
 from attnbench.errors import AttnbenchError, ExitCode
-from attnbench.registry import Catalogue, PluginInfo, discover
+from attnbench.problem import BUILTIN_SUITES, Problem, Suite
+from attnbench.registry import BackendInfo, Catalogue, Description, EntryPointRef, PluginInfo
 
 BUILT_IN = ["gemm_ref", "jit_flash", "npu_fused_attention", "sdpa"]
 HOOK = "@attnbench.hookimpl\ndef attnbench_backends():\n"
@@ -22,6 +32,12 @@ def plugin(catalogue: Catalogue, name: str = "toy", distribution: str = "toy-dis
 
 def keys(catalogue: Catalogue) -> list[tuple[str, str]]:
     return [(b.name, b.device) for b in catalogue.backends]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No entry point but those that tests install under these names."""
+    monkeypatch.setenv("ATTNBENCH_PLUGINS", "toy,a,b,same,broken_one")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +80,7 @@ def test_a_good_plugin_is_described_in_full(plugins: PluginFolder) -> None:
     info = plugin(catalogue)
     assert (info.backends, info.suites, info.error, info.error_line) == (("toy_one", "toy_two"), (), None, "")
     assert (info.source.version, info.source.value) == ("1.5", module)
+    assert info.load_s > 0
     one, two = catalogue.find("toy_one", "cpu"), catalogue.find("toy_two", "cpu")
     assert one is not None
     assert two is not None
@@ -78,6 +95,7 @@ def test_a_good_plugin_is_described_in_full(plugins: PluginFolder) -> None:
     assert keys(catalogue)[-2:] == [("toy_one", "cpu"), ("toy_two", "cpu")], "other distributions come last"
 
 
+@pytest.mark.usefixtures("alone")
 def test_load_gives_the_very_backend_described(plugins: PluginFolder) -> None:
     module = plugins.backends('[Toy("toy_a"), Toy("toy_a", "npu"), Toy("toy_b")]')
     catalogue = discover()
@@ -87,6 +105,13 @@ def test_load_gives_the_very_backend_described(plugins: PluginFolder) -> None:
         backend = registry.load(info)
         assert type(backend) is sys.modules[module].Toy
         assert (backend.name, backend.device) == (name, device)
+        assert registry.load(info) is backend, "loaded once"
+
+
+def test_a_backend_that_its_plugin_brings_no_more_is_named(plugins: PluginFolder) -> None:
+    source = EntryPointRef("d", "1", "toy", plugins.backends('[Toy("toy")]'))
+    with pytest.raises(registry.PluginError, match=r"brings no toy on npu any more"):
+        registry.load(BackendInfo("toy", "npu", "", "", True, None, source))
 
 
 FAULTS = {
@@ -146,31 +171,42 @@ FAULTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def with_faults(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    """One discovery of all faulty plugins, with one that sorts before them and one after."""
+    folder = PluginFolder(tmp_path_factory.mktemp("faults"))
+    folder.backends('[Toy("early")]', entry="early", distribution="a-good-dist")
+    for index, (body, _) in enumerate(FAULTS.values()):
+        folder.add(body, entry="bad", distribution=f"bad-{index:02}")
+    folder.backends('[Toy("good")]', entry="good", distribution="z-good-dist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder.path))
+        return discover()
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_plugin_is_named_leaves_nothing_and_the_rest_load(
-    fault: str, plugins: PluginFolder, built_in: Catalogue
-) -> None:
-    body, words = FAULTS[fault]
-    plugins.add(body, entry="bad", distribution="a-bad-dist")
-    plugins.backends('[Toy("good")]', entry="good", distribution="z-good-dist")
-    catalogue = discover()
-    info = plugin(catalogue, "bad", "a-bad-dist")
+def test_a_faulty_plugin_is_named_with_its_fault_and_brings_nothing(fault: str, with_faults: Catalogue) -> None:
+    info = plugin(with_faults, "bad", f"bad-{list(FAULTS).index(fault):02}")
     assert info.error is not None
-    assert words in info.error
+    assert FAULTS[fault][1] in info.error
     assert info.error_line
     assert "\n" not in info.error_line
     assert (info.backends, info.suites) == ((), ())
-    assert catalogue.failures == (info,)
-    assert keys(catalogue) == [*keys(built_in), ("good", "cpu")]
-    assert catalogue.suites == built_in.suites
-    for info_before in built_in.backends:
-        assert catalogue.find(info_before.name, info_before.device) == info_before
+
+
+def test_faulty_plugins_leave_nothing_and_the_rest_load(with_faults: Catalogue, built_in: Catalogue) -> None:
+    assert [p.source.distribution for p in with_faults.failures] == [f"bad-{i:02}" for i in range(len(FAULTS))]
+    assert keys(with_faults) == [*keys(built_in), ("early", "cpu"), ("good", "cpu")]
+    assert with_faults.suites == built_in.suites == BUILTIN_SUITES
+    assert with_faults.backends[: len(built_in.backends)] == built_in.backends
 
 
 def test_a_failure_fails_again_when_loaded_again(plugins: PluginFolder) -> None:
     """Nothing half-registered is left that a second look would take for loaded."""
-    plugins.add("@attnbench.hookimpl\ndef attnbench_backend():\n    return []")
-    assert plugin(discover()).error == plugin(discover()).error != None  # noqa: E711
+    source = EntryPointRef("d", "1", "toy", plugins.add("@attnbench.hookimpl\ndef attnbench_backend():\n    return []"))
+    first, second = registry.describe(source), registry.describe(source)
+    assert first.error == second.error
+    assert "attnbench_backend'" in str(first.error)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +219,7 @@ def test_a_failure_fails_again_when_loaded_again(plugins: PluginFolder) -> None:
     ],
     ids=["at import", "in the hook", "in a generator", "deep in a library"],
 )
+@pytest.mark.usefixtures("alone")
 def test_the_traceback_shows_the_plugins_own_line(body: str, plugins: PluginFolder) -> None:
     module = plugins.add(body)
     info = plugin(discover())
@@ -193,22 +230,20 @@ def test_the_traceback_shows_the_plugins_own_line(body: str, plugins: PluginFold
     assert info.error_line.startswith("RuntimeError: ")
 
 
-def test_keyboard_interrupt_is_not_swallowed(plugins: PluginFolder) -> None:
-    plugins.add("raise KeyboardInterrupt")
-    with pytest.raises(KeyboardInterrupt):
-        discover()
+def test_a_plugins_own_keyboard_interrupt_is_its_failure(plugins: PluginFolder) -> None:
+    error = registry.describe(EntryPointRef("d", "1", "toy", plugins.add("raise KeyboardInterrupt"))).error
+    assert str(error).splitlines()[-1] == "KeyboardInterrupt"
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("swap", [False, True])
 def test_of_two_distributions_that_clash_the_first_by_name_wins(
     swap: bool, plugins: PluginFolder, tmp_path, monkeypatch
 ) -> None:
     other = PluginFolder(tmp_path / "other")
     other.path.mkdir()
-    if swap:
-        monkeypatch.syspath_prepend(str(other.path))
-    else:
-        monkeypatch.setattr(sys, "path", [*sys.path, str(other.path)])
+    folders = [str(other.path), str(plugins.path)] if swap else [str(plugins.path), str(other.path)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
     # The entry points' own names would sort the other way.
     plugins.backends('[Toy("shared"), Toy("only_beta")]', entry="a", distribution="beta")
     other.backends('[Toy("shared")]', entry="b", distribution="alpha")
@@ -237,6 +272,7 @@ def test_the_same_name_on_another_device_is_no_clash(plugins: PluginFolder) -> N
     assert {("sdpa", "npu"), ("npu_fused_attention", "cpu")} <= set(keys(catalogue))
 
 
+@pytest.mark.usefixtures("alone")
 def test_two_distributions_with_the_same_entry_point_name_both_load(plugins: PluginFolder) -> None:
     plugins.backends('[Toy("first")]', entry="same", distribution="dist-one")
     plugins.backends('[Toy("second")]', entry="same", distribution="dist-two")
@@ -252,6 +288,7 @@ def attnbench_suites():
 """
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_suite_plugin_needs_no_backend_and_its_suite_can_be_chosen(plugins: PluginFolder) -> None:
     plugins.add(SUITE_HOOK.format(name="toys"))
     catalogue = discover()
@@ -260,6 +297,7 @@ def test_a_suite_plugin_needs_no_backend_and_its_suite_can_be_chosen(plugins: Pl
     assert [(p.seqlen_q, p.seqlen_k) for p in suite] == [(3, 5)]
 
 
+@pytest.mark.usefixtures("alone")
 def test_suites_of_two_distributions_that_clash_are_not_mixed(plugins: PluginFolder) -> None:
     plugins.add(SUITE_HOOK.format(name="toys"), distribution="one")
     plugins.add(SUITE_HOOK.format(name="toys"), distribution="two")
@@ -282,23 +320,26 @@ def test_suites_of_two_distributions_that_clash_are_not_mixed(plugins: PluginFol
 def test_attnbench_plugins_restricts_what_loads(
     value: str | None, names: list[str], plugins: PluginFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = plugins.backends('[Toy("toy")]')
+    mark = plugins.path / "imported"
+    plugins.add(f"open({str(mark)!r}, 'w')\n{HOOK}    return [Toy('toy')]")
     if value is not None:
         monkeypatch.setenv("ATTNBENCH_PLUGINS", value)
     catalogue = discover()
     assert [p.source.name for p in catalogue.plugins] == names
-    assert (module in sys.modules) == ("toy" in names), "what is not wanted is not even imported"
+    assert mark.exists() == ("toy" in names), "what is not wanted is not even imported"
     assert [s.name for s in catalogue.suites] == ["pto", "smoke"]
 
 
 def test_without_removes_entry_points_by_name(plugins: PluginFolder) -> None:
-    module = plugins.add("raise RuntimeError('imported')", entry="noisy")
+    mark = plugins.path / "imported"
+    plugins.add(f"open({str(mark)!r}, 'w')", entry="noisy")
     catalogue = discover(without={"noisy", "sdpa"})
     assert [p.source.name for p in catalogue.plugins] == ["gemm_ref", "jit_flash", "npu_fused_attention"]
-    assert module not in sys.modules
+    assert not mark.exists()
     assert catalogue.find("sdpa", "cpu") is None
 
 
+@pytest.mark.usefixtures("alone")
 def test_asking_for_a_failed_plugin_is_exit_4_and_by_prefix_too(plugins: PluginFolder) -> None:
     plugins.add("raise RuntimeError('no licence')", entry="broken_one")
     catalogue = discover()
@@ -307,4 +348,85 @@ def test_asking_for_a_failed_plugin_is_exit_4_and_by_prefix_too(plugins: PluginF
             plan.resolve_backends(word, catalogue)
         assert caught.value.exit_code == ExitCode.PLUGIN_FAILED == 4
         assert "broken_one of toy-dist failed to load: RuntimeError: no licence" in caught.value.message
-    assert plan.resolve_backends("sdpa", catalogue) == ["sdpa"]
+
+
+# --- as JSON, from a process that nobody trusts -----------------------------------------------------------------------
+
+SOURCE = EntryPointRef("dist", "1.5", "toy", "toy_module", "/envs/toy/bin/python")
+WHOLE = Description(
+    SOURCE,
+    (
+        BackendInfo("one", "cpu", "a toy", "https://example.org", True, None, SOURCE),
+        BackendInfo("one", "npu", "", "", False, "no toy here", SOURCE),
+    ),
+    (Suite("toys", (Problem(seqlen_q=3, seqlen_k=5, heads_q=4, heads_kv=2, window=2, softmax_scale=0.3),), "two"),),
+    1.25,
+)
+BROKEN = Description(SOURCE, load_s=0.5, error="Traceback\nE: no")
+
+
+@pytest.mark.parametrize("description", [WHOLE, BROKEN], ids=["whole", "broken"])
+def test_a_description_survives_json(description: Description) -> None:
+    data = json.loads(json.dumps(description.to_json()))
+    assert Description.from_json(data, SOURCE) == description
+    assert EntryPointRef.from_json(json.loads(json.dumps(SOURCE.to_json()))) == SOURCE
+
+
+def _set(*path: Any, to: Any) -> Callable[[Any], None]:
+    def change(data: Any) -> None:
+        for step in path[:-1]:
+            data = data[step]
+        data[path[-1]] = to
+
+    return change
+
+
+FORGERIES = {
+    "one field more": _set("more", to=1),
+    "one field less": lambda data: data.pop("load_s"),
+    "backends that are a table": _set("backends", to={}),
+    "a backend that is a list": _set("backends", 0, to=[]),
+    "a backend with another field": _set("backends", 0, "available", to=True),
+    "a name in capitals": _set("backends", 0, "name", to="One"),
+    "a name that is no text": _set("backends", 0, "name", to=1),
+    "a name with a line break": _set("backends", 0, "name", to="one\n"),
+    "a device of its own": _set("backends", 0, "device", to="tpu"),
+    "a device that is a list": _set("backends", 0, "device", to=["cpu"]),
+    "a summary that is no text": _set("backends", 0, "summary", to=None),
+    "a homepage that is no text": _set("backends", 0, "homepage", to={}),
+    "an empty reason": _set("backends", 0, "reason", to=""),
+    "a reason that is no text": _set("backends", 0, "reason", to=False),
+    "suites that are text": _set("suites", to="pto"),
+    "a suite without problems": _set("suites", 0, "problems", to=[]),
+    "a suite with a bad name": _set("suites", 0, "name", to="A b"),
+    "a suite with one field more": _set("suites", 0, "more", to=1),
+    "a suite whose summary is no text": _set("suites", 0, "summary", to=5),
+    "a suite of text": _set("suites", 0, "problems", to=["b1-h1"]),
+    "a problem out of range": _set("suites", 0, "problems", 0, "seqlen_q", to=0),
+    "a problem of another kind": _set("suites", 0, "problems", 0, "paged", to=True),
+    "a time that is text": _set("load_s", to="1"),
+    "a time that is a truth": _set("load_s", to=True),
+    "a negative time": _set("load_s", to=-1),
+    "an error beside backends": _set("error", to="no"),
+    "an error that is no text": _set("error", to=5),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_description_of_another_form_is_refused(forgery: str) -> None:
+    data = copy.deepcopy(WHOLE.to_json())
+    FORGERIES[forgery](data)
+    with pytest.raises(ValueError):  # noqa: PT011
+        Description.from_json(data, SOURCE)
+
+
+@pytest.mark.parametrize("data", [None, [], "text", {}, BROKEN.to_json() | {"error": " \n"}], ids=repr)
+def test_what_is_no_description_is_refused(data: object) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        Description.from_json(data, SOURCE)
+
+
+@pytest.mark.parametrize("data", [None, {"name": "toy"}, SOURCE.to_json() | {"value": 5}, SOURCE.to_json() | {"x": ""}])
+def test_what_is_no_entry_point_is_refused(data: object) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        EntryPointRef.from_json(data)
