@@ -443,6 +443,14 @@ def test_two_backends_of_one_entry_point_come_together(envs, monkeypatch: pytest
     assert [p.backends for p in catalogue.plugins] == [("one", "two")]
 
 
+def test_a_named_entry_point_comes_whole_though_a_backend_of_it_is_named_too(envs, monkeypatch) -> None:
+    monkeypatch.setenv("ATTNBENCH_PLUGINS", "one,peers")
+    there = envs()
+    there.backends('[Toy("one"), Toy("two")]', entry="peers")
+    catalogue = discover(python={"one": str(there.python), "peers": str(there.python)})
+    assert (keys(catalogue), catalogue.failures) == ([("one", "cpu"), ("two", "cpu")], ())
+
+
 def test_it_replaces_this_environments_entry_point_and_backends_of_its_names(envs, plugins: PluginFolder) -> None:
     there = envs()
     there.backends('[Toy("one"), Toy("two")]', entry="fi", version="2.0")
