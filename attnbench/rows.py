@@ -20,6 +20,7 @@ from attnbench.devices.known import known_device
 from attnbench.errors import AttnbenchError
 from attnbench.problem import DEVICE_KINDS, Problem, auto_dtype
 from attnbench.result import MAX_TIME_US, MIN_TIME_US, Result, Status
+from attnbench.roofline import MARGIN
 from attnbench.text import no_formula, one_line
 
 SCHEMA_VERSION = 1
@@ -179,7 +180,7 @@ def _implausible(values: Row, problem: Problem, device: DeviceInfo) -> str:
     by_time = problem.flops_gemm / values["time_us"] / 1e6
     claimed = (values["tflops"] or 0.0) * problem.flops_gemm / problem.flops  # its claim counts the softmax too
     fastest = max(by_time, claimed)
-    if fastest <= peak:
+    if fastest <= MARGIN["table"] * peak:
         return ""
     limit = f"the {peak:g} TFLOP/s that {_with_article(device.name)} can do in {problem.dtype}"
     return f"{fastest:.4g} TFLOP/s is above {limit}"

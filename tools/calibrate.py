@@ -1,9 +1,9 @@
 """How far attnbench's verdicts can be trusted on this machine, measured. Run: python tools/calibrate.py
 
 A/A: one backend under two names is compared with itself; how often is it called different? The verdicts' level is 99%,
-so 1 of 100 is nominal. A/B: a copy slowed by 3%, by a spin of that share of its own time, is compared with the original;
-how often is it called slower? Every comparison is one problem of a run of `attnbench run`, timed by processes of its
-own; a run holds several problems.
+so 1 of 100 is nominal. A/B: a copy slowed by 3%, by a spin of that share of its own time, is compared with the
+original; how often is it called slower? A comparison is one problem of an `attnbench run`, which holds several; each of
+its blocks is taken by processes of its own.
 """
 
 from __future__ import annotations
