@@ -6,10 +6,9 @@ one that looks for this very object can undo it; what such a one claims, the run
 
 from __future__ import annotations
 
-import inspect
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -17,21 +16,22 @@ from typing import Any
 PACKAGE = "attnbench"
 
 
+_ABSENT = object()
+
+
 @dataclass(frozen=True)
 class _Item:
-    """One name and what it was bound to."""
+    """One name in a module's or a class's own table, and what it was bound to."""
 
-    owner: Any
+    table: Mapping[str, Any]
     name: str
     value: Any
+    """_ABSENT where a class inherits it, and so must not get one of its own."""
     shown: str
 
     @property
     def intact(self) -> bool:
-        try:
-            return inspect.getattr_static(self.owner, self.name) is self.value
-        except AttributeError:
-            return False
+        return self.table.get(self.name, _ABSENT) is self.value
 
 
 class Seal:
@@ -39,10 +39,11 @@ class Seal:
 
     def __init__(self, timing: Iterable[tuple[object, str]] = ()) -> None:
         """`timing`: (owner, name) of what synchronises and times the device."""
-        items = [_Item(time, name, value, f"time.{name}") for name, value in vars(time).items() if callable(value)]
-        items += [
-            _Item(owner, name, inspect.getattr_static(owner, name), f"{_name(owner)}.{name}") for owner, name in timing
+        items = [
+            _Item(vars(time), name, value, f"time.{name}") for name, value in vars(time).items() if callable(value)
         ]
+        for owner, name in timing:
+            items += _owned(owner, name)
         items += _package()
         self._items = tuple(items)
         self._codes = tuple(
@@ -62,6 +63,16 @@ class Seal:
         return f"it changed {', '.join(dict.fromkeys(changed[:3]))}" if changed else ""
 
 
+def _owned(owner: object, name: str) -> Iterator[_Item]:
+    """A name of a module, or of a class with all its bases down to the one that defines it."""
+    tables = [base.__dict__ for base in owner.__mro__] if isinstance(owner, type) else [vars(owner)]
+    shown = f"{_name(owner)}.{name}"
+    for table in tables:
+        yield _Item(table, name, table.get(name, _ABSENT), shown)
+        if name in table:
+            return
+
+
 def _package() -> Iterator[_Item]:
     """Every name of attnbench's modules, and of the classes that they define."""
     for module_name, module in list(sys.modules.items()):
@@ -70,11 +81,11 @@ def _package() -> Iterator[_Item]:
         for name, value in list(vars(module).items()):
             if name.startswith("__") or isinstance(value, ModuleType):
                 continue
-            yield _Item(module, name, value, f"{module_name}.{name}")
+            yield _Item(vars(module), name, value, f"{module_name}.{name}")
             if isinstance(value, type) and value.__module__ == module_name:
                 for attribute, member in list(vars(value).items()):
                     if _function(member) is not None:
-                        yield _Item(value, attribute, member, f"{module_name}.{name}.{attribute}")
+                        yield _Item(value.__dict__, attribute, member, f"{module_name}.{name}.{attribute}")
 
 
 def _function(value: object) -> FunctionType | None:

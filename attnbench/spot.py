@@ -42,10 +42,10 @@ def fault(
     patched = Patched(inputs.q, inputs.k, inputs.v)
     patched.lay(patch)
     try:
-        heads = [(pick(problem.batch), pick(problem.heads_q))]
+        heads = {(pick(problem.batch), pick(problem.heads_q))}
         if patch is not None:
-            heads.append((patch.batch, patch.head))
-        for batch, head in heads:
+            heads.add((patch.batch, patch.head))
+        for batch, head in sorted(heads):
             rows = {pick(problem.seqlen_q) for _ in range(ROWS)}
             if words := _head_fault(problem, inputs, output, batch, head, rows, err_budget, patch):
                 return words
@@ -79,6 +79,8 @@ def _head_fault(
     expected = oracle(one_head, part, chosen)[0, 0]
     errors = (output[batch, head, chosen].double() - expected).abs().amax(dim=-1)
     for row, error in zip(chosen.tolist(), errors.tolist()):
+        if error <= err_budget:
+            continue
         # A patched key may weigh in any row of its head; where it does, the row is no longer like those of the budget.
         budget = err_budget + (_patched_budget(one_head, part, row) if touched else 0.0)
         if error > budget:
