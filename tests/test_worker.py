@@ -19,7 +19,7 @@ from attnbench.reference import make_inputs
 from attnbench.registry import BackendInfo, EntryPointRef
 from attnbench.result import Status
 from attnbench.seal import Seal
-from attnbench.worker import REASON_LENGTH, CaseFailed, Worker
+from attnbench.worker import ONE_THREAD_VALUES, REASON_LENGTH, CaseFailed, Worker, _copy, _pieces
 
 PROBLEM = Problem(seqlen_q=4, seqlen_k=6, head_dim=8, dtype="fp32")
 INPUTS = make_inputs(PROBLEM, 0)
@@ -425,3 +425,15 @@ def test_a_clock_that_was_changed_is_tampered_wherever_it_happens(worker, monkey
         (Status.RUNTIME_ERROR, "prepare(): TypeError: it returned a NoneType, nothing to call"),
     )
     assert failure(made.begin) == (Status.TAMPERED, "it changed time.perf_counter")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2048, 128), (3, 1, 7, 70_000), (2, 5, 1, 1), (1, 40_000), (0, 4), ()])
+def test_nothing_between_timed_calls_is_large_enough_to_wake_torchs_threads(shape):
+    tensor = torch.zeros(shape)
+    pieces = list(_pieces(tensor))
+    assert max(piece.numel() for piece in pieces) <= ONE_THREAD_VALUES < 32768
+    for piece in pieces:
+        piece += 1
+    assert (tensor == 1).all()
+    assert _copy(tensor).equal(tensor)
+    assert _copy(tensor).data_ptr() != tensor.data_ptr() or not tensor.numel()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -40,10 +42,18 @@ class CpuDevice:
 
     @functools.cached_property
     def _flush_buffer(self) -> Tensor:
-        return torch.zeros(2 * last_level_cache_bytes() // 4, dtype=torch.float32)
+        return torch.zeros(2 * last_level_cache_bytes(), dtype=torch.uint8)
 
     def flush_cache(self) -> None:
-        self._flush_buffer.add_(1.0)
+        # Not by torch: its threads would spin on afterwards, beside a kernel that has threads of its own.
+        threads = [
+            threading.Thread(target=ctypes.memset, args=(part.data_ptr(), 1, part.nbytes))
+            for part in self._flush_buffer.chunk(torch.get_num_threads())
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def time_calls(
         self, call: Callable[[], Tensor], count: int, *, cold: bool, exercise: Exercise | None = None
