@@ -110,10 +110,9 @@ def execute(
     }
     before: dict[str, Progress] = {}
     if resume is not None:
-        writer, before = RunWriter.reopen(resume)
-        if differences := _differences(writer.header, header):
-            writer.close()
+        if differences := _differences(store.read_header(resume), header):
             raise AttnbenchError(f"{resume} was made differently: {'; '.join(differences)}", "start a new run")
+        writer, before = RunWriter.reopen(resume)
     else:
         writer = RunWriter(out, header, info) if out else _new_run(the_plan, header, info)
     run = runner.Run(
@@ -130,19 +129,20 @@ def execute(
         books=books,
     )
     interrupted = False
+    results: tuple[Result, ...] = ()
     try:
-        run.run()
-    except KeyboardInterrupt:
-        interrupted = True
+        try:
+            run.run()
+        except KeyboardInterrupt:
+            interrupted = True
+        if writer.has_something:
+            from attnbench.report.tables import Tables
+
+            record = store.load(writer.path)
+            results = record.results
+            writer.finish(_report_page(header, Tables(record).render()), record.rows, whole=not interrupted)
     finally:
         writer.close()
-    results: tuple[Result, ...] = ()
-    if writer.has_something:
-        from attnbench.report.tables import Tables
-
-        record = store.load(writer.path)
-        results = record.results
-        writer.finish(_report_page(header, Tables(record).render()), record.rows, whole=not interrupted)
     return Outcome(writer.path, results, interrupted, books)
 
 

@@ -280,8 +280,9 @@ def run(
             if (protocol, warmup, iters, budget, cache) == (None, None, None, None, "hot"):
                 how = earlier.protocol
             seed, timeout = seed or earlier.seed, earlier.timeout_s if timeout == DEFAULT_TIMEOUT_S else timeout
-            if selection.is_default:
-                selection, suite_before = earlier.selection, earlier.suite
+            if not selection.names_problems:
+                suite_before = earlier.suite
+            selection = selection.over(earlier.selection)
         with books.spend(ledger.START):
             catalogue, the_plan = _plan(selection, no_plugin, python, suite_before)
         if dry_run:

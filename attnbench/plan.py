@@ -51,9 +51,16 @@ class Selection:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
-    def is_default(self) -> bool:
-        """Whether nothing was asked for."""
-        return self == Selection()
+    def names_problems(self) -> bool:
+        """Whether any option that says which problems to run was given."""
+        return bool(self.shapes) or (self.suite, self.dtype, self.causal) != (None, None, None)
+
+    def over(self, earlier: Selection) -> Selection:
+        """What was asked for and, of which backends on which device, what `earlier` was where nothing was."""
+        names = ("backends", "baseline", "device")
+        default = Selection()
+        open_ = {name for name in names if getattr(self, name) == getattr(default, name)}
+        return dataclasses.replace(self, **{name: getattr(earlier, name) for name in open_})
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,9 @@ def sample_rows(problem: Problem, seed: int) -> Tensor:
     starts = torch.arange(0, problem.seqlen_q, tile)
     generator = torch.Generator().manual_seed(derive_seed(seed, problem.case_id, "rows"))
     picks = starts + torch.randint(tile, starts.shape, generator=generator)
-    return torch.tensor(sorted({*picks.clamp(max=problem.seqlen_q - 1).tolist(), 0, problem.seqlen_q - 1}))
+    # The first query that sees a key sees the fewest, and errs the most.
+    edges = {0, problem.seqlen_q - max(problem.visible_rows, 1), problem.seqlen_q - 1}
+    return torch.tensor(sorted({*picks.clamp(max=problem.seqlen_q - 1).tolist(), *edges}))
 
 
 def _hidden(problem: Problem, rows: Tensor, keys: Tensor) -> Tensor | None:

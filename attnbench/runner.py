@@ -120,6 +120,7 @@ class Run:
                 if block is not None:
                     progress.blocks.append(block)
                     self._recorder.add_block(progress, self._how)
+                    self._refuse_implausible(progress)
                 self._finish_if_enough(progress)
         finally:
             with self._books.spend(ledger.START):
@@ -144,10 +145,12 @@ class Run:
                 )
         elif progress.verdicts and progress.blocks and protocol.enough(progress.blocks, self._baseline):
             for result in progress.timed(self._how):
-                if fault := self._implausible(result):
-                    self._fail(progress, result.backend, CaseFailed(Status.IMPLAUSIBLE, fault, result.check))
-                else:
-                    self._keep(progress, result)
+                self._keep(progress, result)
+
+    def _refuse_implausible(self, progress: Progress) -> None:
+        for result in progress.timed(self._how):
+            if fault := self._implausible(result):
+                self._fail(progress, result.backend, CaseFailed(Status.IMPLAUSIBLE, fault, result.check))
 
     def _fail(self, progress: Progress, backend: str, failure: CaseFailed) -> None:
         check = failure.check

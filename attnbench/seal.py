@@ -6,6 +6,7 @@ one that looks for this very object can undo it; what such a one claims, the run
 
 from __future__ import annotations
 
+import builtins
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,10 +45,12 @@ class Seal:
         ]
         for owner, name in timing:
             items += _owned(owner, name)
+        items += [_Item(vars(builtins), name, value, f"builtins.{name}") for name, value in vars(builtins).items()]
         items += _package()
         self._items = tuple(items)
+        self._names = tuple((name, module, frozenset(vars(module))) for name, module in _modules())
         self._codes = tuple(
-            (function, function.__code__, function.__defaults__, item.shown)
+            (function, function.__code__, function.__defaults__, function.__kwdefaults__, item.shown)
             for item in items
             if (function := _function(item.value)) is not None
         )
@@ -57,8 +60,17 @@ class Seal:
         changed = [item.shown for item in self._items if not item.intact]
         changed += [
             shown
-            for function, code, defaults, shown in self._codes
-            if function.__code__ is not code or function.__defaults__ is not defaults
+            for function, code, defaults, keywords, shown in self._codes
+            if not (
+                function.__code__ is code and function.__defaults__ is defaults and function.__kwdefaults__ is keywords
+            )
+        ]
+        changed += [
+            f"{module_name}.{name}"
+            for module_name, module, names in self._names
+            if len(vars(module)) > len(names)
+            for name in vars(module).keys() - names
+            if not (name.startswith("__") or isinstance(vars(module)[name], ModuleType))  # as imports add them
         ]
         return f"it changed {', '.join(dict.fromkeys(changed[:3]))}" if changed else ""
 
@@ -75,9 +87,7 @@ def _owned(owner: object, name: str) -> Iterator[_Item]:
 
 def _package() -> Iterator[_Item]:
     """Every name of attnbench's modules, and of the classes that they define."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] != PACKAGE or not isinstance(module, ModuleType):
-            continue
+    for module_name, module in _modules():
         for name, value in list(vars(module).items()):
             if name.startswith("__") or isinstance(value, ModuleType):
                 continue
@@ -86,6 +96,14 @@ def _package() -> Iterator[_Item]:
                 for attribute, member in list(vars(value).items()):
                     if _function(member) is not None:
                         yield _Item(value.__dict__, attribute, member, f"{module_name}.{name}.{attribute}")
+
+
+def _modules() -> list[tuple[str, ModuleType]]:
+    return [
+        (name, module)
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == PACKAGE and isinstance(module, ModuleType)
+    ]
 
 
 def _function(value: object) -> FunctionType | None:

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import os
 import socket
+import time
 from typing import Any
 
 from attnbench import devices, registry
@@ -96,10 +97,11 @@ class _Host:
             return region.put(Inputs(*worker.inputs(), "normal"))
         if do == "time_calls":
             how = {name: message[name] for name in ("cold", "seed", "look_at")}
+            start_s = time.perf_counter()
             timed = worker.time_calls(message["count"], **how)
             for place, returned in zip(region.outputs, timed.outputs):
                 place.copy_(returned)
-            return {"times_us": timed.times_us, "elapsed_s": timed.elapsed_s}
+            return {"times_us": timed.times_us, "elapsed_s": time.perf_counter() - start_s}
         output = worker.output(twin=message["twin"])
         if fault := form_fault(problem, output):
             return fault

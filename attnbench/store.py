@@ -62,6 +62,8 @@ class RunWriter:
         self._header = header
         self._device = device
         self._results: list[Result] = []
+        self._rows: dict[tuple[str, str], Row] = {}
+        """Each made once: percentiles of all calls take long."""
         self._blocks = 0
         made = _make(path, fresh)
         try:
@@ -90,6 +92,7 @@ class RunWriter:
             _cut_half_line(path / name)
         results = _parse_record(path / RECORD_FILE, device)
         writer._results = results
+        writer._rows = {result.key: row(result, device) for result in results}
         found = {case: state for case, (state, _) in _parse_journal(path / JOURNAL_FILE).items()}
         writer._blocks = sum(len(state.blocks) for state in found.values())
         for result in results:
@@ -106,6 +109,7 @@ class RunWriter:
         with _interrupts_wait():
             _append(self.path / RECORD_FILE, b"".join(_line(result.to_json()) for result in results))
             self._results += results
+            self._rows.update({result.key: row(result, self._device) for result in results})
             self._write_csv()
 
     def add_block(self, progress: Progress, how: How) -> None:
@@ -123,7 +127,7 @@ class RunWriter:
 
     def _write_csv(self) -> None:
         ordered = in_plan_order(self._results, self._header)
-        write_atomically(self.path / CSV_FILE, csv_text(row(result, self._device) for result in ordered))
+        write_atomically(self.path / CSV_FILE, csv_text(self._rows[result.key] for result in ordered))
 
     def finish(self, report: str, rows: Iterable[Row], *, whole: bool) -> None:
         """Write report.md and the CSV of `rows`; with `whole` nothing is missing, and the journal goes."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from attnbench import ledger, spot
 from attnbench.blocks import Block, Progress, Verdict
 from attnbench.environment import one_line
+from attnbench.errors import in_a_line
 from attnbench.isolation import IsolatedWorker
 from attnbench.ledger import Ledger
 from attnbench.patches import Patch
@@ -159,6 +160,8 @@ class Turn:
             except CaseFailed as failure:
                 del lanes[name]
                 self._fail(name, failure)
+        for worker in self._workers.values():  # also of those that have nothing to be timed here
+            worker.pause()
         number = len(self._progress.blocks)
         with self._bench.books.spend(ledger.WAITING):
             block = take_block(
@@ -203,8 +206,8 @@ class Turn:
             with self._bench.books.spend(ledger.ORACLE):
                 try:
                     self._drawn[key] = make_inputs(self._problem, seed, distribution)
-                except Unjudgeable as error:
-                    raise CaseFailed(Status.SKIPPED, f"it cannot be judged: {error}") from error
+                except (Unjudgeable, MemoryError, RuntimeError) as error:
+                    raise _skipped(error) from error
         return self._drawn[key]
 
     def _reference(self, distribution: Distribution) -> tuple[Inputs, Reference]:
@@ -218,8 +221,8 @@ class Turn:
             with self._bench.books.spend(ledger.ORACLE):
                 try:
                     self._references[key] = Reference.of(self._problem, inputs, seed)
-                except Unjudgeable as error:
-                    raise CaseFailed(Status.SKIPPED, f"it cannot be judged: {error}") from error
+                except (Unjudgeable, MemoryError, RuntimeError) as error:
+                    raise _skipped(error) from error
         return inputs, self._references[key]
 
     def _other_inputs(self, err_budget: float) -> tuple[Inputs, float]:
@@ -227,7 +230,10 @@ class Turn:
         seed = derive_seed(self._bench.seed, "other", len(self._progress.blocks))
         if self._problem.visible_pairs >= SMALL_PAIRS:
             return self._inputs(seed), err_budget
-        inputs, reference = self._reference_of(seed, FIRST_INPUTS)
+        try:
+            inputs, reference = self._reference_of(seed, FIRST_INPUTS)
+        except CaseFailed:  # these ones happen to be hard; the first ones were not
+            return self._inputs(seed), err_budget
         return inputs, max(err_budget, reference.err_budget)
 
 
@@ -264,6 +270,14 @@ class _Lane:
 
     def pause(self) -> None:
         self._worker.pause()
+
+
+def _skipped(error: Exception) -> CaseFailed:
+    """attnbench's own part could not be done: no judgement, or no memory for it, which torch calls a RuntimeError."""
+    if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        raise error
+    words = str(error) if isinstance(error, Unjudgeable) else in_a_line(error)
+    return CaseFailed(Status.SKIPPED, f"it cannot be judged: {words}")
 
 
 def _unforeseen() -> int:

@@ -109,6 +109,21 @@ class Channel:
         self._socket.close()
 
 
+def _nameless_file(size: int) -> int:
+    """A descriptor of memory that is gone with the last process that has it open, however that ends. Raises OSError."""
+    if hasattr(os, "memfd_create"):  # which, unlike /dev/shm, no mount of a container makes small
+        descriptor = os.memfd_create("attnbench", os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def _parse(body: bytes) -> dict[str, Any]:
     def finite(text: str) -> float:
         if not math.isfinite(value := float(text)):
@@ -137,10 +152,7 @@ class Region:
         item = ITEM_BYTES[problem.dtype]
         sizes = [-(-math.prod(shape) * item // ALIGNMENT) * ALIGNMENT for shape in shapes]
         if descriptor is None:
-            # A file without a name: it is gone with the last process that has it open, however that ends.
-            with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
-                os.posix_fallocate(file.fileno(), 0, sum(sizes))
-                descriptor = os.dup(file.fileno())
+            descriptor = _nameless_file(sum(sizes))
         self.descriptor = descriptor
         memory = mmap.mmap(descriptor, sum(sizes))
         self._memory = memory

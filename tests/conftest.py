@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -44,8 +44,31 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PluginFolder:
     return PluginFolder(path)
 
 
+SETTINGS = ("PATH", "PYTHONPATH", "ATTNBENCH_PLUGINS", "ATTNBENCH_CONFIG", "ATTNBENCH_CXX", "CXX", "HOME")
+OUTSIDE_PATH = os.environ.get("PYTHONPATH")
+_discovered: dict[object, object] = {}
+
+
 @pytest.fixture
-def cli(folder: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+def known_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Discovery takes seconds: where no test has installed a plugin of its own, what it found is kept."""
+    from attnbench import discovery
+
+    discover = discovery.discover
+
+    def remembering(without: Collection[str] = (), python: Mapping[str, str] | None = None, **limits: float) -> object:
+        if os.environ.get("PYTHONPATH") != OUTSIDE_PATH or python or limits:
+            return discover(without, python, **limits)
+        key = (frozenset(without), *map(os.environ.get, SETTINGS))
+        if key not in _discovered:
+            _discovered[key] = discover(without, python)
+        return _discovered[key]
+
+    monkeypatch.setattr(discovery, "discover", remembering)
+
+
+@pytest.fixture
+def cli(folder: Path, capfd: pytest.CaptureFixture[str], known_plugins: None) -> Callable[..., Answer]:
     """attnbench's command line in this process: `cli("run", …)` gives exit code, stdout and stderr."""
     from attnbench.cli import main
 

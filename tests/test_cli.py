@@ -566,13 +566,13 @@ def test_ctrl_c_in_the_middle_keeps_and_reports_what_was_finished(folder: Path, 
 
 def test_a_file_size_limit_in_the_middle_is_one_error_and_keeps_whole_lines(folder: Path) -> None:
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 
     sizes = ",".join(str(n) for n in range(16, 36))
     words = ("--backends", "gemm_ref", "--seqlen-q", sizes, *TINY[2:], *FAST, "--out", "r")
     answer = attnbench("run", *words, *OWN, preexec_fn=limit)
     assert answer.code == 2, answer.err
-    assert answer.problem.startswith("error: cannot write r/results.")
+    assert answer.problem.startswith(("error: cannot write r/results.", "error: cannot write r/blocks."))
     assert answer.problem.endswith(": File too large")
     lines = (folder / "r" / "results.jsonl").read_text().split("\n")
     assert lines.pop() == ""

@@ -71,3 +71,21 @@ def test_other_parts_of_torch_may_be_changed_as_vendors_do(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "copy_", lambda *a, **k: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "mine")
     assert seal.broken() == ""
+
+
+def test_a_name_that_was_added_is_found_and_a_module_that_was_imported_is_not(monkeypatch):
+    seal = Seal()
+    monkeypatch.setattr(spot, "abs", lambda value: 0.0, raising=False)
+    assert seal.broken() == "it changed attnbench.spot.abs"
+    monkeypatch.undo()
+    monkeypatch.setattr(spot, "submodule", time, raising=False)
+    assert seal.broken() == ""
+
+
+def test_builtins_and_keyword_defaults_are_sealed(monkeypatch):
+    seal = Seal()
+    monkeypatch.setattr("builtins.sum", lambda *_: 0)
+    assert seal.broken() == "it changed builtins.sum"
+    monkeypatch.undo()
+    monkeypatch.setattr(CpuDevice.time_calls, "__kwdefaults__", {"exercise": 1})
+    assert seal.broken() == "it changed attnbench.devices.cpu.CpuDevice.time_calls"
