@@ -28,8 +28,8 @@ cache_app = typer.Typer(rich_markup_mode=None, help="Show or clear the compiled 
 app.add_typer(cache_app, name="cache")
 
 DEFAULT_FORMAT = "github"
-NO_PATH = "\0"
-"""What no path can be."""
+NO_PATH = ""
+"""What no path is."""
 BUSY_SHARE = 0.1
 """With one of two cores taken, OpenMP's barriers made a 40 µs call take 8 ms."""
 
@@ -245,7 +245,7 @@ def run(
         Path | None, typer.Option(help="The run directory, new or empty. [default: reports/<time>-<device>-<suite>]")
     ] = None,
     resume: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Go on with this run, or with --out: only what is missing. Options not given are its own.",
             metavar="RUN",
@@ -273,10 +273,10 @@ def run(
         api.require_timeout(timeout)
         books = Ledger()
         how = make_protocol(protocol, warmup, iters, cache, budget)
-        selection, suite_before = _selection(locals()), None
+        selection, suite_before, going_on = _selection(locals()), None, None
         if resume is not None:
-            resume, out = _run_to_resume(resume, out), None
-            earlier = api.Earlier.of(resume)
+            going_on, out = _run_to_resume(resume, out), None
+            earlier = api.Earlier.of(going_on)
             if (protocol, warmup, iters, budget, cache) == (None, None, None, None, "hot"):
                 how = earlier.protocol
             seed, timeout = seed or earlier.seed, earlier.timeout_s if timeout == DEFAULT_TIMEOUT_S else timeout
@@ -306,7 +306,7 @@ def run(
                 observer,
                 command=environment.command(),
                 out=out,
-                resume=resume,
+                resume=going_on,
                 books=books,
             )
         if verbose:
@@ -432,12 +432,12 @@ def _selection(options: dict[str, Any]) -> Selection:
     return Selection(**{name: value for name, value in options.items() if name in fields})
 
 
-def _run_to_resume(resume: Path, out: Path | None) -> Path:
+def _run_to_resume(resume: str, out: Path | None) -> Path:
     """The run that --resume names or, where it names none, --out."""
-    if str(resume) != NO_PATH:
+    if resume != NO_PATH:
         if out is not None:
             raise AttnbenchError("--out and --resume RUN exclude each other", "a run goes on where it is")
-        return resume
+        return Path(resume)
     if out is None:
         raise AttnbenchError("--resume names no run", "attnbench run --resume RUN")
     return out
