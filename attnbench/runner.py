@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from typing import Protocol as TypingProtocol
 
 from attnbench import ledger
@@ -132,17 +133,8 @@ class Run:
         protocol = self._bench.protocol
         if protocol is None:
             for name, verdict in list(progress.verdicts.items()):
-                self._keep(
-                    progress,
-                    Result(
-                        problem=progress.problem,
-                        backend=name,
-                        device=self._plan.device.kind,
-                        status=Status.PASSED,
-                        check=verdict.check,
-                        used_cores=verdict.used_cores,
-                    ),
-                )
+                passed = {"check": verdict.check, "used_cores": verdict.used_cores}
+                self._keep(progress, self._result(progress, name, Status.PASSED, **passed))
         elif progress.verdicts and progress.blocks and protocol.enough(progress.blocks, self._baseline):
             for result in progress.timed(self._how):
                 self._keep(progress, result)
@@ -157,17 +149,12 @@ class Run:
         if check is None and failure.status is Status.INCORRECT and backend in progress.verdicts:
             # It passed its first check; the budget there still says what was allowed.
             check = dataclasses.replace(progress.verdicts[backend].check, max_abs_err=None, fault=failure.reason)
-        self._keep(
-            progress,
-            Result(
-                problem=progress.problem,
-                backend=backend,
-                device=self._plan.device.kind,
-                status=failure.status,
-                reason=failure.reason,
-                check=check,
-            ),
-        )
+        self._keep(progress, self._result(progress, backend, failure.status, reason=failure.reason, check=check))
+
+    def _result(self, progress: Progress, backend: str, status: Status, **fields: Any) -> Result:
+        """A result without a measurement."""
+        device = self._plan.device.kind
+        return Result(problem=progress.problem, backend=backend, device=device, status=status, **fields)
 
     def _keep(self, progress: Progress, result: Result) -> None:
         progress.verdicts.pop(result.backend, None)
