@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
-PROC = Path("/proc")
+from attnbench import processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,7 @@ class Share:
 def sample() -> Load | None:
     """The load up to now; None where there is no /proc."""
     try:
-        line = (PROC / "stat").read_text().partition("\n")[0]
+        line = (processes.PROC / "stat").read_text().partition("\n")[0]
         user, nice, system, idle, iowait, irq, softirq, steal = map(int, line.split()[1:9])
     except (OSError, ValueError):
         return None
@@ -64,26 +62,9 @@ def _own_ticks() -> int:
 
     A child that ends between two samples moves from its own line to its parent's, so the sum goes on as if it lived.
     """
-    parents: dict[int, int] = {}
-    ticks: dict[int, int] = {}
-    for path in PROC.glob("[0-9]*/stat"):
-        try:
-            text = path.read_text(errors="replace")
-        except OSError:  # it has just ended
-            continue
-        # The name before it, in parentheses, may hold anything: spaces and parentheses too.
-        fields = re.split(r"\s+", text.rpartition(")")[2].strip())
-        pid = int(path.parent.name)
-        parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
-    children: dict[int, list[int]] = {}
-    for pid, parent in parents.items():
-        children.setdefault(parent, []).append(pid)
-    total, waiting = 0, [os.getpid()]
-    while waiting:
-        pid = waiting.pop()
-        total += ticks.get(pid, 0)
-        waiting += children.get(pid, [])
-    return total
+    me = os.getpid()
+    lines = [processes.stat(me) or [], *processes.descendants(me).values()]
+    return sum(int(ticks) for fields in lines for ticks in fields[processes.TICKS])
 
 
 def _clamped(share: float) -> float:

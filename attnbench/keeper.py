@@ -18,10 +18,12 @@ import sys
 import time
 from typing import NoReturn
 
+from attnbench import processes
+
 STOP, CONTINUE, DONE = b"s", b"c", b"."
 """Stop all descendants; let them go on; the keeper's answer to either, once it is so."""
 PR_SET_CHILD_SUBREAPER = 36
-SWEEPS, SWEEP_S = 500, 0.002
+SWEEPS, SWEEP_S = 2000, 0.0005
 """A descendant may fork while it is looked for; each sweep finds what the last one missed. A second in all."""
 
 
@@ -88,34 +90,10 @@ def _end_as(status: int) -> NoReturn:
     os._exit(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1)
 
 
-def _descendants() -> dict[int, str]:
-    """The states, by process id, of all processes below this one, from /proc; empty where there is no /proc.
-
-    Dead ones (Z) are among them: a process whose first thread has ended still has its children.
-    """
-    children: dict[int, list[int]] = {}
-    states: dict[int, str] = {}
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                with (
-                    contextlib.suppress(OSError),
-                    open(f"/proc/{name}/stat", encoding="ascii", errors="replace") as file,
-                ):
-                    state, parent = file.read().rpartition(")")[2].split()[:2]
-                    children.setdefault(int(parent), []).append(int(name))
-                    states[int(name)] = state
-    found, front = [], [os.getpid()]
-    while front:
-        front = [child for pid in front for child in children.get(pid, [])]
-        found += front
-    return {pid: states[pid] for pid in found}
-
-
 def _signal_all(worker: int, number: int) -> None:
     with contextlib.suppress(OSError):
         os.killpg(worker, number)
-    for pid in _descendants():
+    for pid in processes.descendants(os.getpid()):
         with contextlib.suppress(OSError):
             os.kill(pid, number)
 
@@ -124,7 +102,8 @@ def _stop_all(worker: int) -> None:
     """Stop all descendants, and wait until they stand still."""
     for _ in range(SWEEPS):
         _signal_all(worker, signal.SIGSTOP)
-        if all(state in "TtZX" for state in _descendants().values()):
+        below = processes.descendants(os.getpid()).values()
+        if all(fields[processes.STATE] in "TtZX" for fields in below):
             return
         time.sleep(SWEEP_S)
 
@@ -135,6 +114,6 @@ def _kill_all(worker: int) -> None:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        if not _descendants():
+        if not processes.descendants(os.getpid()):
             return
         time.sleep(SWEEP_S)

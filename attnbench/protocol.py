@@ -29,7 +29,7 @@ ROUNDS = 3
 """Interleaved rounds of a block."""
 WARM_UP_S = 0.02
 """A lane warms up for this long before each of its rounds: the others ran since."""
-ROUND_S = 0.1
+ROUND_S = 0.16
 """`adaptive` times a backend for this long in a round…"""
 MIN_CALLS = 2
 MAX_CALLS = 5000
@@ -42,7 +42,8 @@ FIXED_BLOCKS, FIXED_CALLS = 5, 20
 """`fixed` deals its timed iterations out over so many blocks of at least so many."""
 TARGET_HALF_WIDTH = 0.02
 """Half-width of the interval of every ratio, relative, at which `adaptive` stops."""
-HOST_CALLS = 5
+HOST_CALLS, HOST_SHARE = 5, 4
+"""Eager calls whose CPU time is taken in a block, but for calls that take long no more than this part of a round's."""
 
 
 class Lane(TypingProtocol):
@@ -212,7 +213,7 @@ def take_block(
 
     def warm_up(name: str) -> None:
         found = _calls(lanes[name], protocol, index)
-        host_calls = HOST_CALLS if found[0] > MIN_CALLS else 1  # where a call takes long, five take the time there is
+        host_calls = min(max(found[0] // HOST_SHARE, 1), HOST_CALLS)
         host[name] = tuple(round(value, 4) for value in lanes[name].host_us(host_calls))
         calls[name] = found
         times[name] = []

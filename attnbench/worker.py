@@ -156,12 +156,15 @@ class Worker:
         exercise = self._exercise(seed)
         with _no_collection(), self._guard("a warm-up call"):
             start_s, count = time.monotonic(), 1
+            times: list[float] = []
             try:
                 while True:
-                    times = self._device.time_calls(self._prepared, count, cold=False, exercise=exercise)
-                    if time.monotonic() - start_s >= seconds:
-                        return statistics.median(times)
-                    count *= 2
+                    times += self._device.time_calls(self._prepared, count, cold=False, exercise=exercise)
+                    passed_s = time.monotonic() - start_s
+                    if passed_s >= seconds:
+                        return statistics.median(times[len(times) // 2 :])
+                    still = math.ceil((seconds - passed_s) / passed_s * len(times))
+                    count = min(2 * count, still)  # the first calls are slow, and say little of how many there will be
             finally:
                 exercise.end()
 

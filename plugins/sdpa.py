@@ -35,20 +35,21 @@ class Sdpa(Backend):
         return None
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        from torch.nn.attention.bias import causal_lower_right
         from torch.nn.functional import scaled_dot_product_attention
 
         from attnbench_plugins.masks import visible
 
         # torch's is_causal is aligned top-left, which is the same only for as many queries as keys.
         square = problem.causal and problem.window is None and problem.seqlen_q == problem.seqlen_k
-        # causal_lower_right reaches the flash kernel on a GPU; on a CPU it would build its mask anew at each call.
-        lower_right = (
-            self.device == "cuda" and problem.causal and problem.window is None and problem.seqlen_q < problem.seqlen_k
-        )
-        mask = causal_lower_right(problem.seqlen_q, problem.seqlen_k) if lower_right else None
-        if not square and mask is None:
-            mask = visible(problem, q.device)
+        lower_right = problem.causal and problem.window is None and problem.seqlen_q < problem.seqlen_k
+        if lower_right and self.device == "cuda":
+            # It reaches the flash kernel there; on a CPU it would build its mask anew at each call, and its module
+            # alone takes a second to import.
+            from torch.nn.attention.bias import causal_lower_right
+
+            mask = causal_lower_right(problem.seqlen_q, problem.seqlen_k)
+        else:
+            mask = None if square else visible(problem, q.device)
         scale, grouped = problem.softmax_scale, problem.heads_q != problem.heads_kv
 
         def call() -> Tensor:

@@ -566,7 +566,7 @@ def test_ctrl_c_in_the_middle_keeps_and_reports_what_was_finished(folder: Path, 
 
 def test_a_file_size_limit_in_the_middle_is_one_error_and_keeps_whole_lines(folder: Path) -> None:
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))
 
     sizes = ",".join(str(n) for n in range(16, 36))
     words = ("--backends", "gemm_ref", "--seqlen-q", sizes, *TINY[2:], *FAST, "--out", "r")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from attnbench import contention
+from attnbench import processes
 from attnbench.contention import Load, Share, between, sample
 
 ME = os.getpid()
@@ -18,17 +18,17 @@ ME = os.getpid()
 @pytest.fixture
 def proc(tmp_path, monkeypatch):
     """A /proc in a folder: call it with the first line of stat, and add processes."""
-    monkeypatch.setattr(contention, "PROC", tmp_path)
+    monkeypatch.setattr(processes, "PROC", tmp_path)
 
-    def processes(*lines):
+    def add(*lines):
         for pid, name, parent, *ticks in lines:
             (tmp_path / str(pid)).mkdir(exist_ok=True)
             text = f"{pid} ({name}) S {parent} 1 1 0 -1 4194560 1 2 3 4 {' '.join(map(str, ticks))} 20 0 1 0 100\n"
             (tmp_path / str(pid) / "stat").write_text(text)
 
     (tmp_path / "stat").write_text("cpu  100 10 50 700 40 5 5 90 33 2\ncpu0 1 2 3 4 5 6 7 8 9 10\n")
-    processes((1, "init", 0, 5000, 5000, 5000, 5000), (ME, "attnbench", 1, 7, 2, 30, 4))
-    return processes
+    add((1, "init", 0, 5000, 5000, 5000, 5000), (ME, "attnbench", 1, 7, 2, 30, 4))
+    return add
 
 
 def test_ticks_are_read_from_the_line_of_all_processors(proc):
@@ -77,7 +77,7 @@ def test_shares_are_of_all_processors_time_and_stay_within_0_and_1(before, after
 
 @pytest.mark.parametrize("text", [None, "", "cpu  1 2 3\n", "cpu a b c d e f g h\n"])
 def test_without_a_readable_proc_there_is_no_load(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(contention, "PROC", tmp_path)
+    monkeypatch.setattr(processes, "PROC", tmp_path)
     if text is not None:
         (tmp_path / "stat").write_text(text)
     assert sample() is None
