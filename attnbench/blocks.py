@@ -34,6 +34,7 @@ class Lap:
 
     times_us: tuple[float, ...]
     host_us: tuple[float, ...]
+    """Empty where a call is over when it returns: its host time is its time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def measurement(blocks: Sequence[Block], backend: str, how: How) -> Measurement:
         statistic=how.statistic,
         timing_method=how.timing_method,
         cache=how.cache,
-        host_us=round(statistics.median(value for lap in laps for value in lap.host_us), 4),
+        host_us=round(statistics.median(value for lap in laps for value in lap.host_us or lap.times_us), 4),
         clock_mhz=_median(item.clock_mhz for item in seen),
         conditions=Conditions(
             rounds=len(seen),

@@ -1,4 +1,4 @@
-"""Owns what Linux's /proc says of processes: who descends from whom, and what each one is doing. Knows nothing of us."""
+"""Owns what Linux's /proc says of processes: who descends from whom, and what each is doing. Knows no attnbench."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def descendants(pid: int) -> dict[int, list[str]]:
 
 
 def _children(pid: int) -> Iterable[int]:
-    """As Linux lists them, by the thread that started each: a few files, where the whole of /proc takes milliseconds."""
+    """As Linux lists them, by thread that started them: a few files, where the whole of /proc takes milliseconds."""
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"{PROC}/{pid}/task"):
             with contextlib.suppress(OSError):

@@ -78,9 +78,7 @@ class Run:
         self._baseline = baseline
         self._implausible = implausible
         self._books = books or Ledger()
-        self._bench = Bench(
-            protocol=protocol, seed=seed, watch=watch, books=self._books, calls_a_change=plan.device.calls_a_change
-        )
+        self._bench = Bench(protocol=protocol, seed=seed, watch=watch, books=self._books, device=plan.device)
         self._progress = [(before or {}).get(p.case_id) or Progress(problem=p) for p in plan.suite.problems]
 
     def run(self) -> None:

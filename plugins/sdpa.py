@@ -9,6 +9,7 @@ from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -37,19 +38,9 @@ class Sdpa(Backend):
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         from torch.nn.functional import scaled_dot_product_attention
 
-        from attnbench_plugins.masks import visible
-
         # torch's is_causal is aligned top-left, which is the same only for as many queries as keys.
         square = problem.causal and problem.window is None and problem.seqlen_q == problem.seqlen_k
-        lower_right = problem.causal and problem.window is None and problem.seqlen_q < problem.seqlen_k
-        if lower_right and self.device == "cuda":
-            # It reaches the flash kernel there; on a CPU it would build its mask anew at each call, and its module
-            # alone takes a second to import.
-            from torch.nn.attention.bias import causal_lower_right
-
-            mask = causal_lower_right(problem.seqlen_q, problem.seqlen_k)
-        else:
-            mask = None if square else visible(problem, q.device)
+        mask = None if square else self._mask(problem, q.device)
         scale, grouped = problem.softmax_scale, problem.heads_q != problem.heads_kv
 
         def call() -> Tensor:
@@ -58,6 +49,21 @@ class Sdpa(Backend):
             )
 
         return call
+
+    def _mask(self, problem: Problem, device: torch.device) -> Tensor | None:
+        mask: Tensor | None
+        lower_right = problem.causal and problem.window is None and problem.seqlen_q < problem.seqlen_k
+        if lower_right and self.device == "cuda":
+            # It reaches the flash kernel there; on a CPU it would build its mask anew at each call, and its module
+            # alone takes a second to import.
+            from torch.nn.attention.bias import causal_lower_right
+
+            mask = causal_lower_right(problem.seqlen_q, problem.seqlen_k)
+        else:
+            from attnbench_plugins.masks import visible
+
+            mask = visible(problem, device)
+        return mask
 
     def parallel_units(self, problem: Problem) -> int | None:
         if self.device != "cpu":

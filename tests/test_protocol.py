@@ -219,8 +219,8 @@ def test_a_tie_that_is_narrow_stops_and_a_clear_win_that_is_wide_does_not():
 
 
 def test_a_ratios_interval_is_as_wide_as_its_hand_computed_value():
-    # log ratios ±0.02, 8 of them: sd 0.02138, t(0.95, 7) 2.3646, half-width 0.01787; of 5 it is 0.0272.
-    noisy = [2.0 * math.exp(0.02 * (-1) ** i) for i in range(8)]
+    # log ratios ±0.013, 8 of them: sd 0.01390, t(0.95, 7) 2.3646, half-width 0.01162; of 5 it is 0.01768.
+    noisy = [2.0 * math.exp(0.013 * (-1) ** i) for i in range(8)]
     protocol = Protocol(budget_s=1e6)
     assert [protocol.enough(blocks(a=[1.0] * n, b=noisy[:n]), "a") for n in (5, 8)] == [False, True]
 
