@@ -106,6 +106,7 @@ def execute(
         "protocol": dataclasses.asdict(how.protocol),
         "seed": how.seed,
         "timeout_s": how.timeout_s,
+        "isolate": how.isolate,
         "environment": environment.fingerprint(catalogue),
     }
     before: dict[str, Progress] = {}
@@ -164,7 +165,17 @@ class _Roofline:
         return fault
 
 
-_COMPARED = ("suite.cases", "backends", "baseline", "protocol", "seed", "environment", "device.kind", "device.name")
+_COMPARED = (
+    "suite.cases",
+    "backends",
+    "baseline",
+    "protocol",
+    "seed",
+    "isolate",
+    "environment",
+    "device.kind",
+    "device.name",
+)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -49,10 +49,12 @@ Batch = Annotated[str | None, typer.Option(help="Batch sizes.", metavar="LIST")]
 Heads = Annotated[str | None, typer.Option(help="Heads: 8 or 32x8 (query, key and value).", metavar="LIST")]
 Dtype = Annotated[str | None, typer.Option(help="fp16, bf16, fp32 or auto.", metavar="LIST")]
 Causal = Annotated[str | None, typer.Option(help="true, false or true,false.", metavar="LIST")]
+# None where it was not given: a run that goes on then keeps what it was begun with.
 Timeout = Annotated[
-    float, typer.Option(help="Seconds for prepare and check together, and again for timing, of a case.")
+    float | None,
+    typer.Option(help="Seconds for prepare and check together, and again for timing, of a case.", show_default="120"),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of inputs, order and sampled rows.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of inputs, order and sampled rows.", show_default="0")]
 NoPlugin = Annotated[
     list[str] | None, typer.Option(help="Do not load this entry point. Can be given again.", metavar="NAME")
 ]
@@ -186,8 +188,8 @@ def check(
     heads: Heads = None,
     dtype: Dtype = None,
     causal: Causal = None,
-    timeout: Timeout = 120.0,
-    seed: Seed = 0,
+    timeout: Timeout = None,
+    seed: Seed = None,
     no_plugin: NoPlugin = None,
     python: Python = None,
     no_isolate: NoIsolate = False,
@@ -199,13 +201,13 @@ def check(
         selection = _selection(locals())
         from attnbench import api
 
-        api.require_timeout(timeout)
+        timeout = _timeout(timeout)
         catalogue, the_plan = _plan(selection, no_plugin, python)
         _tell_plan(the_plan, "correctness alone")
         from attnbench.report.tables import check_table
 
         with _Progress(verbose) as observer:
-            results = api.check(the_plan, observer, seed=seed, timeout_s=timeout, isolate=not no_isolate)
+            results = api.check(the_plan, observer, seed=seed or 0, timeout_s=timeout, isolate=not no_isolate)
         if as_json:
             _print_json(out, [result.to_json() for result in results])
         else:
@@ -236,8 +238,11 @@ def run(
     ] = None,
     warmup: Annotated[int | None, typer.Option(help="Untimed calls first; asks for fixed. [default: 50]")] = None,
     iters: Annotated[int | None, typer.Option(help="Timed calls; asks for fixed. [default: 200]")] = None,
-    cache: Annotated[str, typer.Option(help="hot, or cold: flushed before every call.", metavar="STATE")] = "hot",
-    timeout: Timeout = 120.0,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="hot, or cold: flushed before every call.", metavar="STATE", show_default="hot"),
+    ] = None,
+    timeout: Timeout = None,
     budget: Annotated[
         float | None, typer.Option(help="Seconds of timing for a problem, under adaptive. [default: 10]")
     ] = None,
@@ -252,7 +257,7 @@ def run(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and exit.")] = False,
-    seed: Seed = 0,
+    seed: Seed = None,
     no_plugin: NoPlugin = None,
     python: Python = None,
     no_isolate: NoIsolate = False,
@@ -268,21 +273,22 @@ def run(
         from attnbench import api, ledger
         from attnbench.ledger import Ledger
         from attnbench.protocol import make_protocol
-        from attnbench.runner import DEFAULT_TIMEOUT_S
 
-        api.require_timeout(timeout)
         books = Ledger()
-        how = make_protocol(protocol, warmup, iters, cache, budget)
+        how = make_protocol(protocol, warmup, iters, cache or "hot", budget)
         selection, suite_before, going_on = _selection(locals()), None, None
         if resume is not None:
             going_on, out = _run_to_resume(resume, out), None
             earlier = api.Earlier.of(going_on)
-            if (protocol, warmup, iters, budget, cache) == (None, None, None, None, "hot"):
-                how = earlier.protocol
-            seed, timeout = seed or earlier.seed, earlier.timeout_s if timeout == DEFAULT_TIMEOUT_S else timeout
+            asked = {"name": protocol, "warmup": warmup, "iters": iters, "cache": cache, "budget_s": budget}
+            given = {name: value for name, value in asked.items() if value is not None}
+            how = dataclasses.replace(earlier.protocol, **given)  # where it differs, the run is refused
+            seed = earlier.seed if seed is None else seed
+            timeout = earlier.timeout_s if timeout is None else timeout
             if not selection.names_problems:
                 suite_before = earlier.suite
             selection = selection.over(earlier.selection)
+        timeout = _timeout(timeout)
         with books.spend(ledger.START):
             catalogue, the_plan = _plan(selection, no_plugin, python, suite_before)
         if dry_run:
@@ -301,7 +307,7 @@ def run(
         with _Progress(verbose) as observer:
             outcome = api.execute(
                 the_plan,
-                api.Settings(protocol=how, seed=seed, timeout_s=timeout, isolate=not no_isolate),
+                api.Settings(protocol=how, seed=seed or 0, timeout_s=timeout, isolate=not no_isolate),
                 catalogue,
                 observer,
                 command=environment.command(),
@@ -430,6 +436,14 @@ def _selection(options: dict[str, Any]) -> Selection:
 
     fields = {field.name for field in dataclasses.fields(Selection)}
     return Selection(**{name: value for name, value in options.items() if name in fields})
+
+
+def _timeout(seconds: float | None) -> float:
+    from attnbench import api, runner
+
+    seconds = runner.DEFAULT_TIMEOUT_S if seconds is None else seconds
+    api.require_timeout(seconds)
+    return seconds
 
 
 def _run_to_resume(resume: str, out: Path | None) -> Path:

@@ -11,48 +11,24 @@ import dataclasses
 import functools
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from attnbench import settings
+from attnbench.child import LAST_WORDS_S, NO_ATTNBENCH, OTHER_ATTNBENCH, Child, ending
 from attnbench.environment import one_line, without_home
 from attnbench.errors import AttnbenchError
 from attnbench.problem import BUILTIN_SUITES, Suite
 from attnbench.registry import BackendInfo, Catalogue, Description, EntryPointRef, PluginInfo
-from attnbench.wire import VERSION, Channel, Closed, NoAnswer, WireError
+from attnbench.wire import VERSION, Closed, NoAnswer, WireError
 
 OWN_DISTRIBUTION = "attnbench"
 START_LIMIT_S = 60.0
 """For the interpreter and attnbench to load, and for the list of entry points."""
 ENTRY_LIMIT_S = 60.0
 """For one entry point: its import, its hooks, and `unavailable()` of all its backends."""
-LAST_WORDS_S = 5.0
-END_TIMEOUT_S = 10.0
-
-NO_ATTNBENCH, OTHER_ATTNBENCH = 86, 87
-"""Exit codes of a process that cannot begin to describe."""
-
-# sys.path holds the current folder first, which must not stand in for an installed module.
-_PROGRAM = f"""
-import sys
-sys.path[:] = [path for path in sys.path if path]
-try:
-    from attnbench.keeper import keep
-    from attnbench.describe import describe
-except ModuleNotFoundError as error:
-    if error.name == "attnbench":
-        sys.exit({NO_ATTNBENCH})
-    if error.name in ("attnbench.keeper", "attnbench.describe"):
-        sys.exit({OTHER_ATTNBENCH})
-    raise
-keep(int(sys.argv[1]))
-describe(int(sys.argv[2]))
-"""
 
 
 def discover(
@@ -248,29 +224,16 @@ class _Environment:
 
 
 class _Process:
-    """One describing process and its keeper. Its methods raise _Failed, after which it can only be closed."""
+    """One describing process. Its methods raise _Failed, after which it can only be closed."""
 
     def __init__(self, python: str) -> None:
         """Start it, without waiting for it. Raises AttnbenchError where the interpreter cannot be executed."""
         self.loaded = 0
         """How many entry points it was asked to load."""
-        ours, theirs = socket.socketpair()
-        self._control, control = socket.socketpair()
-        self._channel = Channel(ours)
-        with theirs, control:
-            descriptors = [control.fileno(), theirs.fileno()]
-            try:
-                self._keeper = subprocess.Popen(
-                    [python, "-c", _PROGRAM, *map(str, descriptors)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=2,
-                    pass_fds=descriptors,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                self._channel.close()
-                self._control.close()
-                raise AttnbenchError(f"cannot execute {without_home(python)}: {error.strerror}") from error
+        try:
+            self._child = Child(python, "describe")
+        except OSError as error:
+            raise AttnbenchError(f"cannot execute {without_home(python)}: {error.strerror}") from error
 
     def meet(self) -> None:
         """Wait until it has started."""
@@ -282,7 +245,7 @@ class _Process:
 
     def ask(self, question: dict[str, Any], limit_s: float) -> dict[str, Any]:
         with contextlib.suppress(WireError):  # it is gone: how is told where its answer is due
-            self._channel.send(question)
+            self._child.channel.send(question)
         return self._take(limit_s)
 
     def describe(self, source: EntryPointRef, limit_s: float) -> Description:
@@ -298,15 +261,13 @@ class _Process:
 
     def _take(self, limit_s: float) -> dict[str, Any]:
         try:
-            answer, descriptor = self._channel.receive(limit_s)
+            answer, descriptor = self._child.channel.receive(limit_s)
         except NoAnswer:
             raise _Failed(f"it took longer than {limit_s:g} s", silent=True) from None
-        except Closed as error:  # its keeper is about to say how
-            try:
-                code = self._keeper.wait(LAST_WORDS_S)
-            except subprocess.TimeoutExpired:
-                raise _Failed("its process closed the connection") from error
-            raise _Failed(_ending(code), code) from error
+        except Closed as error:
+            code = self._child.exit_code(LAST_WORDS_S)
+            how = "its process closed the connection" if code is None else ending(code)
+            raise _Failed(how, code) from error
         except WireError as error:
             raise _Failed(f"what its process answers cannot be read: {one_line(str(error))}") from error
         if descriptor is not None:
@@ -315,14 +276,4 @@ class _Process:
 
     def close(self) -> None:
         """End it and all that it started."""
-        self._channel.close()
-        self._control.close()
-        try:
-            self._keeper.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:  # an interpreter that is none has no keeper, but it leads its session
-            os.killpg(self._keeper.pid, signal.SIGKILL)
-            self._keeper.wait()
-
-
-def _ending(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        self._child.close()

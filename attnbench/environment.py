@@ -49,7 +49,8 @@ def fingerprint(catalogue: Catalogue) -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
         "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
-        "plugins": {p.source.distribution: p.source.version for p in catalogue.plugins if p.error is None},
+        "plugins": _versions(catalogue, elsewhere=False),
+        "plugins_of_other_interpreters": _versions(catalogue, elsewhere=True),
         "variables": {
             name: value
             for name in ENVIRONMENT_VARIABLES
@@ -78,6 +79,11 @@ def without_home(text: str) -> str:
 def one_line(text: str) -> str:
     """A plugin's words as a reason: in one line, and without the user's home folder."""
     return " ".join(without_home(text).split())
+
+
+def _versions(catalogue: Catalogue, *, elsewhere: bool) -> dict[str, str]:
+    loaded = (plugin.source for plugin in catalogue.plugins if plugin.error is None)
+    return {source.distribution: source.version for source in loaded if bool(source.python) == elsewhere}
 
 
 def _version(name: str) -> str | None:

@@ -11,14 +11,13 @@ import dataclasses
 import math
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnbench import keeper
+from attnbench.child import LAST_WORDS_S, Child, ending
 from attnbench.environment import one_line
 from attnbench.problem import Problem
 from attnbench.registry import BackendInfo
@@ -35,23 +34,11 @@ START_TIMEOUT_S = 120.0
 """For the interpreter, torch and the plugin to load; not counted as the case's time."""
 GRACE_S = 1.0
 """The worker ends what it can interrupt by itself; after this much longer it is killed."""
-END_TIMEOUT_S = 10.0
-LAST_WORDS_S = 5.0
 LEAST_CLOCK, LEAST_CLAIM = 0.8, 0.5
 """A worker's clock must have seen this share of the wall time that passed here, and its calls that share…"""
 BETWEEN_CALLS_S, FILL_BYTES_S, CLOCK_SLACK_S = 1e-4, 2e9, 0.1
 """…but for what lies between calls (changed inputs take 15 to 50 µs, NaN goes into outputs at 5 GB/s or more), and for
 a processor that is busy elsewhere."""
-
-# sys.path holds the current folder first, which must not stand in for an installed module.
-_PROGRAM = """
-import sys
-sys.path[:] = [path for path in sys.path if path]
-from attnbench.keeper import keep
-keep(int(sys.argv[1]))
-from attnbench.serve import serve
-serve(int(sys.argv[2]))
-"""
 
 
 class IsolatedWorker:
@@ -70,24 +57,12 @@ class IsolatedWorker:
         self._start()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        self._control, control = socket.socketpair()
-        self._control.settimeout(END_TIMEOUT_S)
-        with theirs, control:
-            descriptors = [control.fileno(), theirs.fileno()]
-            self._keeper = subprocess.Popen(
-                [self._python, "-c", _PROGRAM, *map(str, descriptors)],
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                pass_fds=descriptors,
-                start_new_session=True,
-            )
-        self._channel: Channel | None = Channel(ours)
+        self._child: Child | None = Child(self._python, "serve")
         self._ready = False
         self._paused = False
         with contextlib.suppress(WireError):  # it died already: the first question will say how
             backend = dataclasses.asdict(self._info)
-            self._channel.send({"version": VERSION, "backend": backend, "timeout_s": self._timeout_s})
+            self._child.channel.send({"version": VERSION, "backend": backend, "timeout_s": self._timeout_s})
 
     def ready(self) -> None:
         """Wait until the process has started; how that failed, if it did, the next `begin` says."""
@@ -98,7 +73,7 @@ class IsolatedWorker:
         """Start a phase; a process that ended in the last one is replaced."""
         if self._refused is not None:
             raise self._refused
-        if self._channel is None:
+        if self._child is None:
             self._start()
         self._left_s = self._timeout_s
         self._clock = _WallClock()
@@ -170,13 +145,13 @@ class IsolatedWorker:
 
     def pause(self) -> None:
         """Stop the process until the next question, so that no thread of it takes a core from who is timed."""
-        if self._channel is not None and not self._paused:
-            self._order(keeper.STOP)
+        if self._child is not None and not self._paused:
+            self._child.order(keeper.STOP)
             self._paused = True
 
     def release(self) -> None:
         if self._region is not None:
-            if self._channel is not None:
+            if self._child is not None:
                 with contextlib.suppress(CaseFailed):  # it will show at the next question
                     self._ask("release", _is_nothing)
             self._region.close()
@@ -184,7 +159,7 @@ class IsolatedWorker:
 
     def close(self) -> None:
         """End the process and all that it started."""
-        if self._channel is not None:
+        if self._child is not None:
             self._kill()
         if self._region is not None:
             self._region.close()
@@ -198,24 +173,24 @@ class IsolatedWorker:
 
     def _ask(self, do: str, fits: Callable[[Any], bool], descriptor: int | None = None, **arguments: Any) -> Any:
         """Send one question and wait for its answer; whatever else comes, or nothing, ends the process."""
-        if self._channel is None:
+        if self._child is None:
             raise CaseFailed(Status.CRASHED, "its process has ended")
         if self._paused:
-            self._order(keeper.CONTINUE)
+            self._child.order(keeper.CONTINUE)
             self._paused = False
         try:
             if not self._ready:
                 try:
-                    self._take(self._channel, _is_nothing, START_TIMEOUT_S)
+                    self._take(self._child.channel, _is_nothing, START_TIMEOUT_S)
                 except CaseFailed as failure:
                     self._refused = failure
                     self._kill()
                     raise
                 self._ready = True
             start_s = time.monotonic()
-            self._channel.send({"do": do, **arguments}, descriptor)
+            self._child.channel.send({"do": do, **arguments}, descriptor)
             try:
-                return self._take(self._channel, fits, self._left_s + GRACE_S)
+                return self._take(self._child.channel, fits, self._left_s + GRACE_S)
             finally:
                 self._left_s = max(0.0, self._left_s - (time.monotonic() - start_s))
         except NoAnswer:
@@ -248,29 +223,17 @@ class IsolatedWorker:
                 raise CaseFailed(Status(status), one_line(reason))
         raise WireError("it is not what was asked for")
 
-    def _order(self, order: bytes) -> None:
-        """Have the keeper stop or continue the worker, and wait until it has."""
-        with contextlib.suppress(OSError):  # the keeper is gone with its worker: the next question will show it
-            self._control.sendall(order)
-            self._control.recv(1)
-
     def _kill(self, wait_s: float = 0.0) -> str:
         """End the process and its descendants; returns how it ended by itself, if within `wait_s`, or an empty text."""
-        assert self._channel is not None
-        self._channel.close()
-        self._channel = None
-        how = ""
-        try:
-            how = _ending(self._keeper.wait(wait_s))
-        except subprocess.TimeoutExpired:
-            self._control.close()
-            try:
-                self._keeper.wait(END_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self._keeper.kill()
-                self._keeper.wait()
-        self._control.close()
-        return how
+        assert self._child is not None
+        code = self._child.exit_code(wait_s)
+        self._child.close()
+        self._child = None
+        if code is None:
+            return ""
+        if code >= 0:
+            return f"its process ended with {ending(code)}"
+        return f"its process was {ending(code)}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
 
 
 class _WallClock:
@@ -331,14 +294,3 @@ def _is_time(value: Any) -> bool:
 
 def _is_number(value: Any, low: float, high: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-def _ending(code: int) -> str:
-    """How a process ended, in words."""
-    if code < 0:
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:  # a real-time signal has no name
-            name = f"signal {-code}"
-        return f"its process was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return f"its process ended with exit code {code}"

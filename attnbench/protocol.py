@@ -29,7 +29,7 @@ ROUNDS = 3
 """Interleaved rounds of a block."""
 WARM_UP_S = 0.02
 """A lane warms up for this long before each of its rounds: the others ran since."""
-ROUND_S = 0.16
+ROUND_S = 0.2
 """`adaptive` times a backend for this long in a round…"""
 MIN_CALLS = 2
 MAX_CALLS = 5000

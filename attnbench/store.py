@@ -306,7 +306,9 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def _header_and_device(path: Path) -> tuple[dict[str, Any], DeviceInfo]:
     if not (path / RUN_FILE).is_file():
-        raise AttnbenchError(f"{path} is not a run: it has no {RUN_FILE}", "give a run directory or a CSV")
+        raise AttnbenchError(
+            f"{path} is not a run: it has no {RUN_FILE}", "a run is the directory that attnbench run --out made"
+        )
     try:
         header = json.loads(_decode(path / RUN_FILE, _read(path / RUN_FILE)))
         if header["schema_version"] != SCHEMA_VERSION:

@@ -19,6 +19,7 @@ from attnbench.registry import Catalogue, EntryPointRef, PluginInfo
 
 CATALOGUE = Catalogue(
     plugins=(
+        PluginInfo(EntryPointRef("toy-dist", "1.7", "toy", "toy_module", "/home/jane/python"), ("t",), (), 0.1, None),
         PluginInfo(EntryPointRef("toy-dist", "1.5", "toy", "toy_module"), ("toy",), (), 0.1, None),
         PluginInfo(EntryPointRef("broken-dist", "2", "broken", "m"), (), (), 0.1, "File /home/jane/secret.py\nError"),
     ),
@@ -46,6 +47,7 @@ def test_the_fingerprint_is_an_allow_list():
         "cuda",
         "libraries",
         "plugins",
+        "plugins_of_other_interpreters",
         "variables",
     }
 
@@ -58,8 +60,9 @@ def test_the_fingerprint_says_what_a_number_depends_on():
     assert found["cpu_count"] == len(os.sched_getaffinity(0))
     assert found["libraries"]["torch"] == torch.__version__
     assert found["libraries"]["attnbench"]
-    assert "torch-npu" not in found["libraries"]
     assert found["plugins"] == {"toy-dist": "1.5"}
+    assert found["plugins_of_other_interpreters"] == {"toy-dist": "1.7"}
+    assert "torch-npu" not in found["libraries"]
 
 
 def test_no_name_of_user_or_host_and_no_secret_is_in_it(monkeypatch):

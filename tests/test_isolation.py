@@ -372,7 +372,7 @@ def state(pid: int) -> str:
 def test_a_paused_worker_is_stopped_and_the_next_question_wakes_it(worker):
     made = worker("fine")
     made.prepare(PROBLEM, INPUTS)
-    children = Path(f"/proc/{made._keeper.pid}/task/{made._keeper.pid}/children").read_text().split()
+    children = Path(f"/proc/{made._child._keeper.pid}/task/{made._child._keeper.pid}/children").read_text().split()
     (pid,) = map(int, children)
     for _ in range(5):
         made.pause()
@@ -390,6 +390,6 @@ def test_the_current_folder_does_not_reach_the_worker(worker, tmp_path, monkeypa
 
 def test_close_ends_the_process(worker):
     made = worker("fine")
-    keeper = made._keeper
+    keeper = made._child._keeper
     made.close()
     assert keeper.returncode is not None

@@ -19,6 +19,7 @@ LAYERS = (
     ("jit", "devices", "reference", "patches", "spot"),
     ("registry", "protocol", "roofline", "rows", "store", "environment", "watch"),
     ("plan", "worker", "wire", "keeper"),
+    ("child",),
     ("serve", "isolation", "describe", "discovery"),
     ("turn", "runner"),
     ("report",),

@@ -163,16 +163,18 @@ def test_fixed_ends_with_its_blocks_whatever_they_say():
 
 
 @pytest.mark.parametrize(
-    ("call_us", "calls"), [(1.0, MAX_CALLS), (20.0, MAX_CALLS), (100.0, 1600), (10_000.0, 16), (1e6, MIN_CALLS)]
+    ("call_us", "calls"), [(1.0, MAX_CALLS), (20.0, MAX_CALLS), (100.0, 2000), (10_000.0, 20), (1e6, MIN_CALLS)]
 )
-def test_an_adaptive_round_lasts_160_ms_within_2_and_5000_calls(call_us, calls):
+def test_an_adaptive_round_lasts_200_ms_within_2_and_5000_calls(call_us, calls):
     lane = Lane(times=(call_us,))
     found = go([lane], Protocol())
     assert [count for _, count, _ in rounds_of(lane.journal)] == [calls] * ROUNDS
     assert len(found.laps["a"].times_us) == calls * ROUNDS
 
 
-@pytest.mark.parametrize(("call_us", "calls"), [(100.0, HOST_CALLS), (10_000.0, 4), (40_000.0, 1), (1e6, 1)])
+@pytest.mark.parametrize(
+    ("call_us", "calls"), [(100.0, HOST_CALLS), (20_000.0, 2), (10_000.0, 5), (40_000.0, 1), (1e6, 1)]
+)
 def test_host_time_takes_five_calls_but_of_slow_ones_no_more_than_a_quarter_of_a_round(call_us, calls):
     lane = Lane(times=(call_us,))
     go([lane], Protocol())

@@ -104,7 +104,7 @@ def test_resume_takes_only_what_is_missing_and_gives_the_table_of_a_whole_run(co
     with open(copy / "r" / "blocks.jsonl", "ab") as file:
         file.write(b'{"problem": {"seqlen_q"')  # what a kill in the middle of a write leaves
     header = (copy / "r" / "run.json").read_text()
-    answer = go("run", "--resume", "r", cwd=copy)
+    answer = go("run", "--resume", "r", "--cache", "hot", "--seed", "0", cwd=copy)  # as it was made
     assert answer.code == 0, answer.err
     assert shape(copy / "r") == WHOLE
     assert (copy / "r" / "run.json").read_text() == header
@@ -136,6 +136,8 @@ def test_resume_with_out_and_all_the_options_again_does_the_same(copy):
         (("--protocol", "adaptive"), "protocol.name was fixed and is adaptive"),
         (("--backends", "sdpa"), "backends differ"),
         (("--seed", "7"), "seed was 0 and is 7"),
+        (("--cache", "cold"), "protocol.cache was hot and is cold"),
+        (("--no-isolate",), "isolate was True and is False"),
     ],
 )
 def test_a_run_that_was_made_differently_is_refused_and_left_alone(copy, words, difference):

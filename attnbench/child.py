@@ -1,0 +1,95 @@
+"""Owns one Python process below a keeper: its start, the channel to it, and its end. Knows not what it is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+
+from attnbench.wire import Channel
+
+END_TIMEOUT_S = 10.0
+LAST_WORDS_S = 5.0
+"""For the keeper to say how a process ended whose end of the channel is closed."""
+NO_ATTNBENCH, OTHER_ATTNBENCH = 86, 87
+"""Exit codes of an interpreter without attnbench, and of one whose attnbench is too old to know what is asked of it."""
+
+# sys.path holds the current folder first, which must not stand in for an installed module.
+_PROGRAM = f"""
+import sys
+sys.path[:] = [path for path in sys.path if path]
+try:
+    from attnbench.keeper import keep
+    from attnbench.MAIN import MAIN
+except ModuleNotFoundError as error:
+    if error.name == "attnbench":
+        sys.exit({NO_ATTNBENCH})
+    if error.name in ("attnbench.keeper", "attnbench.MAIN"):
+        sys.exit({OTHER_ATTNBENCH})
+    raise
+keep(int(sys.argv[1]))
+MAIN(int(sys.argv[2]))
+"""
+
+
+class Child:
+    """A process that runs a function of attnbench's over a channel, with all that it starts."""
+
+    def __init__(self, python: str, main: str) -> None:
+        """Start `attnbench.main.main` (a module's function of its own name), without waiting for it.
+
+        Raises OSError where the interpreter cannot be executed.
+        """
+        ours, theirs = socket.socketpair()
+        self._control, control = socket.socketpair()
+        self._control.settimeout(END_TIMEOUT_S)
+        self.channel = Channel(ours)
+        with theirs, control:
+            descriptors = [control.fileno(), theirs.fileno()]
+            try:
+                self._keeper = subprocess.Popen(
+                    [python, "-c", _PROGRAM.replace("MAIN", main), *map(str, descriptors)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,
+                    pass_fds=descriptors,
+                    start_new_session=True,
+                )
+            except OSError:
+                self.channel.close()
+                self._control.close()
+                raise
+
+    def order(self, order: bytes) -> None:
+        """Have the keeper stop or continue the process and all below it, and wait until it has."""
+        with contextlib.suppress(OSError):  # the keeper is gone with its process: the next question will show it
+            self._control.sendall(order)
+            self._control.recv(1)
+
+    def exit_code(self, wait_s: float) -> int | None:
+        """The process's exit code, or less the signal that ended it; None where it goes on for longer than that."""
+        try:
+            return self._keeper.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def close(self) -> None:
+        """End the process and all that it started."""
+        self.channel.close()
+        self._control.close()
+        if self.exit_code(END_TIMEOUT_S) is None:  # an interpreter that is none has no keeper, but leads its session
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._keeper.pid, signal.SIGKILL)
+            self._keeper.wait()
+
+
+def ending(code: int) -> str:
+    """How a process ended by itself, in words: `exit code 3`, `killed by SIGSEGV`."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal has no name
+        name = f"signal {-code}"
+    return f"killed by {name}"
