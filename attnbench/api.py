@@ -27,6 +27,7 @@ from attnbench.rows import SCHEMA_VERSION
 from attnbench.runner import DEFAULT_TIMEOUT_S, Observer
 from attnbench.seal import Seal
 from attnbench.store import RunWriter
+from attnbench.text import without_home
 from attnbench.turn import AnyWorker
 from attnbench.watch import MachineWatch
 from attnbench.worker import Worker
@@ -244,7 +245,7 @@ def _starter(the_plan: Plan, how: Settings) -> Callable[[BackendInfo], AnyWorker
         return lambda info: IsolatedWorker(info, how.timeout_s, python=info.source.python or sys.executable)
     for entry in the_plan.entries:
         if entry.backend is not None and entry.backend.source.python:
-            shown = environment.without_home(entry.backend.source.python)
+            shown = without_home(entry.backend.source.python)
             raise AttnbenchError(
                 f"{entry.name} belongs to {shown}: it cannot run in this process",
                 f"leave out --no-isolate, or --skip {entry.name}",
@@ -349,7 +350,6 @@ def run(
     """
     from attnbench.report.tables import frame
 
-    catalogue = discovery.discover(python=python)
     selection = Selection(
         backends=_comma_list(backends),
         suite=None if suite is None else str(suite),
@@ -362,6 +362,7 @@ def run(
         dtype=_comma_list(dtype),
         causal=None if causal is None else str(causal).lower(),
     )
+    catalogue = discovery.discover(python=python, files=plan.files_of(selection))
     chosen = plan.make(selection, catalogue)
     outcome = execute(
         chosen,

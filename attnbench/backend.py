@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from attnbench.problem import DEVICE_KINDS, DeviceKind, Problem
@@ -27,6 +28,11 @@ class Backend(Protocol):
     summary: str = ""
     """One line for `attnbench list`."""
     homepage: str = ""
+    sources: Sequence[str] = ()
+    """Absolute paths of files and folders that it is made of beside its plugin's own module or package, kernels say.
+
+    A run records a digest of all of them, and `attnbench run --watch` starts anew when one changes.
+    """
 
     def unavailable(self) -> str | None:
         """Why this machine cannot run it, with the command that would help; None where it can.
@@ -66,6 +72,9 @@ def faults(backend: object) -> list[str]:
     for text in ("summary", "homepage"):
         if not isinstance(getattr(backend, text, ""), str):
             found.append(f"{text} must be text")
+    sources = getattr(backend, "sources", ())
+    if not isinstance(sources, (list, tuple)) or not all(isinstance(s, str) and os.path.isabs(s) for s in sources):
+        found.append("sources must be a list of absolute paths, as text")
     for method in ("unavailable", "unsupported", "prepare"):
         if not callable(getattr(backend, method, None)):
             found.append(f"it has no method {method}()")

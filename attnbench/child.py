@@ -22,11 +22,11 @@ import sys
 sys.path[:] = [path for path in sys.path if path]
 try:
     from attnbench.keeper import keep
-    from attnbench.MAIN import MAIN
+    from attnbench.MODULE import MAIN
 except ModuleNotFoundError as error:
     if error.name == "attnbench":
         sys.exit({NO_ATTNBENCH})
-    if error.name in ("attnbench.keeper", "attnbench.MAIN"):
+    if error.name in ("attnbench.keeper", "attnbench.MODULE"):
         sys.exit({OTHER_ATTNBENCH})
     raise
 keep(int(sys.argv[1]))
@@ -38,10 +38,11 @@ class Child:
     """A process that runs a function of attnbench's over a channel, with all that it starts."""
 
     def __init__(self, python: str, main: str) -> None:
-        """Start `attnbench.main.main` (a module's function of its own name), without waiting for it.
+        """Start the function that module `attnbench.main` calls by its own last name, without waiting for it.
 
         Raises OSError where the interpreter cannot be executed.
         """
+        program = _PROGRAM.replace("MODULE", main).replace("MAIN", main.rpartition(".")[2])
         ours, theirs = socket.socketpair()
         self._control, control = socket.socketpair()
         self._control.settimeout(END_TIMEOUT_S)
@@ -50,7 +51,7 @@ class Child:
             descriptors = [control.fileno(), theirs.fileno()]
             try:
                 self._keeper = subprocess.Popen(
-                    [python, "-c", _PROGRAM.replace("MAIN", main), *map(str, descriptors)],
+                    [python, "-c", program, *map(str, descriptors)],
                     stdin=subprocess.DEVNULL,
                     stdout=2,
                     pass_fds=descriptors,

@@ -19,7 +19,7 @@ from attnbench.text import one_line, printable
 if TYPE_CHECKING:
     from attnbench.plan import Plan, Selection
     from attnbench.problem import Problem, Suite
-    from attnbench.registry import Catalogue
+    from attnbench.registry import Catalogue, EntryPointRef
     from attnbench.result import Result
 
 # No rich markup: help stays fast, and no text from outside is taken for markup.
@@ -281,7 +281,7 @@ def run(
             going_on, out = _run_to_resume(resume, out), None
             earlier = api.Earlier.of(going_on)
             asked = {"name": protocol, "warmup": warmup, "iters": iters, "cache": cache, "budget_s": budget}
-            given = {name: value for name, value in asked.items() if value is not None}
+            given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
             how = dataclasses.replace(earlier.protocol, **given)  # where it differs, the run is refused
             seed = earlier.seed if seed is None else seed
             timeout = earlier.timeout_s if timeout is None else timeout
@@ -380,6 +380,7 @@ def env(no_plugin: NoPlugin = None, python: Python = None, as_json: AsJson = Fal
 def cache_show() -> None:
     """Show where compiled kernels are kept, and which."""
     with _data() as out:
+        from attnbench import settings
         from attnbench.jit import cache
 
         kept = cache.default()
@@ -388,7 +389,10 @@ def cache_show() -> None:
             for e in kept.entries()
         ]
         _print_table(out, ("key", "source", "KiB", "built", "compiler"), rows)
-        _say(f"{kept.root}: {len(rows)} entries, {kept.size_bytes / 1024:.0f} KiB")
+        _say(
+            f"{kept.root}: {len(rows)} entries, {kept.size_bytes / 1024:.0f} KiB "
+            f"of {settings.cache_limit_bytes() / 1024:.0f}"
+        )
 
 
 @cache_app.command("clear")
@@ -405,10 +409,12 @@ def cache_clear() -> None:
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _discover(no_plugin: Sequence[str] | None, python: Sequence[str] | None) -> Catalogue:
+def _discover(
+    no_plugin: Sequence[str] | None, python: Sequence[str] | None, files: Sequence[EntryPointRef] = ()
+) -> Catalogue:
     from attnbench import discovery
 
-    return discovery.discover(frozenset(no_plugin or ()), _interpreters(python or ()))
+    return discovery.discover(frozenset(no_plugin or ()), _interpreters(python or ()), files)
 
 
 def _interpreters(words: Sequence[str]) -> dict[str, str]:
@@ -426,7 +432,7 @@ def _interpreters(words: Sequence[str]) -> dict[str, str]:
 
 
 def _loaded_by(python: str) -> str:
-    from attnbench.environment import without_home
+    from attnbench.text import without_home
 
     return f"loaded by {without_home(python)}" if python else "loaded"
 
@@ -465,7 +471,7 @@ def _plan(
 ) -> tuple[Catalogue, Plan]:
     from attnbench import plan
 
-    catalogue = _discover(no_plugin, python)
+    catalogue = _discover(no_plugin, python, plan.files_of(selection))
     _tell_failures(catalogue)
     return catalogue, plan.make(selection, catalogue, suite)
 

@@ -18,10 +18,11 @@ from typing import Any
 
 from attnbench import settings
 from attnbench.child import LAST_WORDS_S, NO_ATTNBENCH, OTHER_ATTNBENCH, Child, ending
-from attnbench.environment import one_line, without_home
+from attnbench.environment import one_line
 from attnbench.errors import AttnbenchError
 from attnbench.problem import BUILTIN_SUITES, Suite
 from attnbench.registry import BackendInfo, Catalogue, Description, EntryPointRef, PluginInfo
+from attnbench.text import without_home
 from attnbench.wire import VERSION, Closed, NoAnswer, WireError
 
 OWN_DISTRIBUTION = "attnbench"
@@ -32,18 +33,27 @@ ENTRY_LIMIT_S = 60.0
 
 
 def discover(
-    without: Collection[str] = (), python: Mapping[str, str] | None = None, *, limit_s: float = ENTRY_LIMIT_S
+    without: Collection[str] = (),
+    python: Mapping[str, str] | None = None,
+    files: Collection[EntryPointRef] = (),
+    *,
+    limit_s: float = ENTRY_LIMIT_S,
 ) -> Catalogue:
     """Describe every entry point of group `attnbench.backends`, but for those that ATTNBENCH_PLUGINS or `without`
     excludes.
 
     `python` maps names of entry points or backends to other interpreters, over those in the user's config.toml: what
-    brings that name is then looked for in their environments, and replaces what has its names in this one. A plugin
-    that fails to import, ends or blocks its process for `limit_s` seconds, misspells a hook, brings something that is
-    no backend, or clashes with an earlier one brings nothing, and is in the catalogue with its error.
+    brings that name is then looked for in their environments, and replaces what has its names in this one. `files` are
+    backends in files that are installed nowhere (EntryPointRef.of_file). A plugin that fails to import, ends or blocks
+    its process for `limit_s` seconds, misspells a hook, brings something that is no backend, or clashes with an earlier
+    one brings nothing, and is in the catalogue with its error.
 
-    Raises AttnbenchError where `without` names an entry point that is not there, or `python` an interpreter.
+    Raises AttnbenchError where `without` names an entry point that is not there, `python` an interpreter, or `files` a
+    file.
     """
+    for source in files:
+        if not os.path.isfile(source.file):
+            raise AttnbenchError(f"there is no file {without_home(source.file)}", "--backends takes file.py:name")
     wanted = settings.plugins()
     elsewhere = {**settings.interpreters(), **(python or {})}
     chosen = {
@@ -64,11 +74,12 @@ def discover(
             for source in entries
             if source.name not in without and source.name not in chosen and (wanted is None or source.name in wanted)
         ]
+        from_files = [here.describe(source) for source in dict.fromkeys(files)]
     brought: list[Description] = []
     for executable in dict.fromkeys(chosen.values()):
         brought += _elsewhere([name for name in chosen if chosen[name] == executable], executable, without, limit_s)
     replaced = {*chosen, *(info.name for description in brought for info in description.backends)}
-    return _merge([*_less(found, replaced), *brought])
+    return _merge([*_less(found, replaced), *brought, *from_files])
 
 
 def _executable(name: str, executable: str) -> str:
@@ -133,14 +144,21 @@ def _less(found: Iterable[Description], replaced: Collection[str]) -> list[Descr
 
 
 def _merge(found: list[Description]) -> Catalogue:
-    """The catalogue of all that was found: attnbench's own first, and what clashes with an earlier one left out."""
+    """The catalogue of all that was found: attnbench's own first, files last, without what clashes."""
     plugins: list[PluginInfo] = []
     backends: dict[tuple[str, str], BackendInfo] = {}
     suites: dict[str, Suite] = {suite.name: suite for suite in BUILTIN_SUITES}
 
     def rank(description: Description) -> tuple[object, ...]:
         source = description.source
-        return (source.distribution != OWN_DISTRIBUTION, source.distribution, source.name, source.value, source.python)
+        return (
+            bool(source.file),
+            source.distribution != OWN_DISTRIBUTION,
+            source.distribution,
+            source.name,
+            source.value,
+            source.python,
+        )
 
     for description in sorted(found, key=rank):
         clash = _clash([(info.name, info.device) for info in description.backends], backends, "backend") or _clash(

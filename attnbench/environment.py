@@ -10,8 +10,9 @@ import sys
 import time
 from typing import Any
 
-from attnbench import contention
+from attnbench import contention, sources
 from attnbench.registry import Catalogue
+from attnbench.text import without_home
 
 ENVIRONMENT_VARIABLES = (
     "ATEN_CPU_CAPABILITY",
@@ -51,6 +52,7 @@ def fingerprint(catalogue: Catalogue) -> dict[str, Any]:
         "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
         "plugins": _versions(catalogue, elsewhere=False),
         "plugins_of_other_interpreters": _versions(catalogue, elsewhere=True),
+        "sources": {p.source.name: sources.digest(p.sources) for p in catalogue.plugins if p.sources},
         "variables": {
             name: value
             for name in ENVIRONMENT_VARIABLES
@@ -68,12 +70,6 @@ def command(arguments: list[str] | None = None) -> list[str]:
 def _without_folder(word: str) -> str:
     """`word` less its folders, where `--option=` and `NAME=` may stand before them."""
     return re.sub(r"\A((?:--[\w-]+=)?(?:\w+=)?).*/(?=.)", r"\1", word.rstrip("/"), flags=re.DOTALL)
-
-
-def without_home(text: str) -> str:
-    """`text` with the user's home folder written as ~."""
-    home = os.path.expanduser("~")
-    return re.sub(rf"{re.escape(home)}(?!\w)", "~", text) if len(home) > 1 else text
 
 
 def one_line(text: str) -> str:

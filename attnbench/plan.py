@@ -18,7 +18,7 @@ from attnbench import devices
 from attnbench.devices import Device, DeviceInfo
 from attnbench.errors import AttnbenchError, ExitCode
 from attnbench.problem import DTYPES, PTO_SEQLENS_K, PTO_SEQLENS_Q, DeviceKind, Problem, Suite, load_suite
-from attnbench.registry import BackendInfo, Catalogue
+from attnbench.registry import BackendInfo, Catalogue, EntryPointRef, PluginInfo
 from attnbench.result import Status
 
 DEFAULT_SUITE = "pto"
@@ -141,24 +141,37 @@ def _entry(name: str, catalogue: Catalogue, kind: DeviceKind, device_reason: str
 
 
 def resolve_backends(text: str, catalogue: Catalogue, option: str = "--backends") -> list[str]:
-    """Backend names from a comma list of exact names or unique prefixes, each once, in the order given.
+    """Backend names from a comma list of exact names, unique prefixes or `file.py:name`, each once, in the order given.
 
     Raises AttnbenchError: for a plugin that failed to load with exit code 4, for a miss with the closest name.
     """
     known = list(dict.fromkeys(b.name for b in catalogue.backends))
     failed = {p.source.name: p for p in catalogue.failures if p.source.name not in known}
-    names = []
+    files: dict[EntryPointRef | None, PluginInfo] = {p.source: p for p in catalogue.plugins if p.source.file}
+    names: list[str] = []
     for word in split(text, option):
+        if plugin := files.get(EntryPointRef.of_file(word)):  # discovery was told of it
+            _require_loaded(plugin, f"attnbench plugins check {word} shows its traceback")
+            names += plugin.backends
+            continue
         name = _match(word, [*known, *failed], "backend")
         if name in failed:
-            plugin = failed[name]
-            raise AttnbenchError(
-                f"plugin {name} of {plugin.source.distribution} failed to load: {plugin.error_line}",
-                "attnbench plugins shows its traceback",
-                ExitCode.PLUGIN_FAILED,
-            )
+            _require_loaded(failed[name], "attnbench plugins shows its traceback")
         names.append(name)
     return list(dict.fromkeys(names))
+
+
+def files_of(selection: Selection) -> list[EntryPointRef]:
+    """The files that --backends and --baseline name, as `file.py:name`."""
+    words = [word for text in (selection.backends, selection.baseline) if text for word in text.split(",")]
+    return [source for word in words if (source := EntryPointRef.of_file(word.strip())) is not None]
+
+
+def _require_loaded(plugin: PluginInfo, hint: str) -> None:
+    if plugin.error is not None:
+        source = plugin.source
+        what = f"plugin {source.name} of {source.distribution} failed to load: {plugin.error_line}"
+        raise AttnbenchError(what, hint, ExitCode.PLUGIN_FAILED)
 
 
 def _match(word: str, known: Sequence[str], what: str) -> str:

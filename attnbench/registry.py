@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
+import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +25,7 @@ from attnbench import hookspecs
 from attnbench.backend import NAME_PATTERN, Backend, faults
 from attnbench.errors import in_a_line
 from attnbench.problem import DEVICE_KINDS, DeviceKind, Suite
+from attnbench.text import without_home
 
 MACHINERY = frozenset({"attnbench", "importlib", "pluggy"})
 """Packages whose frames come before a plugin's own in a traceback, and say nothing about it."""
@@ -37,6 +41,21 @@ class EntryPointRef:
     value: str
     python: str = ""
     """The interpreter whose environment it is installed in; empty for the one that runs attnbench."""
+
+    @classmethod
+    def of_file(cls, word: str) -> EntryPointRef | None:
+        """What `path/file.py:name` names: a backend in a file, installed nowhere; None for any other word."""
+        path, colon, name = word.rpartition(":")
+        if not colon or not path.endswith(".py"):
+            return None
+        path = os.path.abspath(os.path.expanduser(path))
+        return cls(os.path.basename(path), "", name, f"{path}:{name}")
+
+    @property
+    def file(self) -> str:
+        """The path of a file that is installed nowhere; empty for an entry point."""
+        path = self.value.rpartition(":")[0]
+        return path if path.endswith(".py") and os.path.isabs(path) else ""
 
     def to_json(self) -> dict[str, str]:
         return dataclasses.asdict(self)
@@ -72,6 +91,8 @@ class PluginInfo:
     load_s: float
     error: str | None
     """The failure's traceback, from the plugin's first line on, and its message; None where it loaded."""
+    sources: tuple[str, ...] = ()
+    """Absolute paths of the files and folders that its code lies in."""
 
     @property
     def error_line(self) -> str:
@@ -104,11 +125,13 @@ class Description:
     suites: tuple[Suite, ...] = ()
     load_s: float = 0.0
     error: str | None = None
+    sources: tuple[str, ...] = ()
 
     @property
     def plugin(self) -> PluginInfo:
         names = tuple(dict.fromkeys(info.name for info in self.backends))
-        return PluginInfo(self.source, names, tuple(suite.name for suite in self.suites), self.load_s, self.error)
+        suites = tuple(suite.name for suite in self.suites)
+        return PluginInfo(self.source, names, suites, self.load_s, self.error, self.sources)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types, without the source, which whoever asked knows."""
@@ -118,12 +141,13 @@ class Description:
             "suites": [suite.to_json() for suite in self.suites],
             "load_s": self.load_s,
             "error": self.error,
+            "sources": list(self.sources),
         }
 
     @classmethod
     def from_json(cls, data: object, source: EntryPointRef) -> Description:
         """What `to_json` wrote. Raises ValueError where it is anything else."""
-        facts = _table(data, {"backends", "suites", "load_s", "error"})
+        facts = _table(data, {"backends", "suites", "load_s", "error", "sources"})
         backends = tuple(_backend(item, source) for item in _list(facts["backends"]))
         suites = tuple(map(Suite.from_json, _list(facts["suites"])))
         load_s, error = facts["load_s"], facts["error"]
@@ -131,7 +155,7 @@ class Description:
             raise ValueError(f"{load_s!r} is no time")
         if error is not None and (not _text(error).strip() or backends or suites):
             raise ValueError("what failed has a message and brings nothing")
-        return cls(source, backends, suites, float(load_s), error)
+        return cls(source, backends, suites, float(load_s), error, tuple(map(_text, _list(facts["sources"]))))
 
 
 def _backend(data: object, source: EntryPointRef) -> BackendInfo:
@@ -190,7 +214,7 @@ def describe(source: EntryPointRef) -> Description:
         backends = tuple(_describe(backend, source) for backend in loaded.backends)
     except BaseException as error:  # a plugin may raise anything, and may try to end the process
         return Description(source, load_s=time.perf_counter() - start, error=_trace(error))
-    return Description(source, backends, loaded.suites, time.perf_counter() - start)
+    return Description(source, backends, loaded.suites, time.perf_counter() - start, sources=loaded.sources)
 
 
 def load(info: BackendInfo) -> Backend:
@@ -205,11 +229,58 @@ def load(info: BackendInfo) -> Backend:
 class _Loaded:
     backends: tuple[Backend, ...]
     suites: tuple[Suite, ...]
+    sources: tuple[str, ...]
 
 
 @functools.cache
 def _load_plugin(source: EntryPointRef) -> _Loaded:
-    """Import one entry point and call its hooks, in a plugin manager of its own: no failure can half-register."""
+    """What an entry point's hooks, or a file's name, bring. A failure leaves nothing behind half-registered."""
+    backends: tuple[Any, ...]
+    suites: tuple[Any, ...] = ()
+    if source.file:
+        backends, places = (_from_file(source),), [source.file]
+    else:
+        backends, suites = _from_hooks(source)
+        module = sys.modules[source.value.partition(":")[0].strip()]
+        places = list(getattr(module, "__path__", ())) or [module.__file__ or ""]
+    for backend in backends:
+        if found := faults(backend):
+            raise PluginError(f"{type(backend).__name__} is no backend: {'; '.join(found)}")
+        places += getattr(backend, "sources", ())
+    for suite in suites:
+        if not isinstance(suite, Suite):
+            raise PluginError(f"attnbench_suites() returned {suite!r}, not a Suite")
+    known = dict.fromkeys(os.path.abspath(place) for place in places if place)
+    return _Loaded(cast("tuple[Backend, ...]", backends), suites, tuple(known))
+
+
+def _from_file(source: EntryPointRef) -> Any:
+    """A backend's object or class by its name in a file, which is run like a script: its own folder can be imported."""
+    path, name = source.file, source.name
+    if not os.path.isfile(path):
+        raise PluginError(f"there is no file {without_home(path)}")
+    sys.path.append(os.path.dirname(path))  # last: it must not stand in for an installed module
+    module_name = re.sub(r"\W", "_", os.path.basename(path).removesuffix(".py"))
+    spec = importlib.util.spec_from_file_location(f"_attnbench_file_{module_name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where pickling and dataclasses look for it
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        names = [key for key, value in vars(module).items() if _may_be_backend(value)]
+        there = f"; it has {', '.join(names)}" if names else ""
+        raise PluginError(f"{os.path.basename(path)} has no {name}{there}")
+    found = getattr(module, name)
+    return found() if isinstance(found, type) else found
+
+
+def _may_be_backend(value: object) -> bool:
+    return value is not Backend and callable(getattr(value, "prepare", None))
+
+
+def _from_hooks(source: EntryPointRef) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Import one entry point and call its hooks, in a plugin manager of its own."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     entry = importlib.metadata.EntryPoint(source.name, source.value, hookspecs.ENTRY_POINT_GROUP)
@@ -218,15 +289,7 @@ def _load_plugin(source: EntryPointRef) -> _Loaded:
     manager.check_pending()
     if not manager.get_hookcallers(plugin):
         raise PluginError(f"{source.value} implements no hook: is one marked with @attnbench.hookimpl?")
-    backends = tuple(_collect(manager.hook.attnbench_backends()))
-    suites = tuple(_collect(manager.hook.attnbench_suites()))
-    for backend in backends:
-        if found := faults(backend):
-            raise PluginError(f"{type(backend).__name__} is no backend: {'; '.join(found)}")
-    for suite in suites:
-        if not isinstance(suite, Suite):
-            raise PluginError(f"attnbench_suites() returned {suite!r}, not a Suite")
-    return _Loaded(cast("tuple[Backend, ...]", backends), suites)
+    return tuple(_collect(manager.hook.attnbench_backends())), tuple(_collect(manager.hook.attnbench_suites()))
 
 
 def _collect(hook_results: list[Any]) -> Iterator[Any]:

@@ -40,6 +40,35 @@ def cxx() -> str | None:
     return os.environ.get("ATTNBENCH_CXX") or os.environ.get("CXX") or None
 
 
+def cache_limit_bytes() -> int:
+    """ATTNBENCH_CACHE_LIMIT: MiB that compiled kernels may take, 2048 where it is unset; 0 keeps none but the newest.
+
+    Raises AttnbenchError where it is no whole number of at least 0.
+    """
+    value = os.environ.get("ATTNBENCH_CACHE_LIMIT") or "2048"
+    if not (value.isascii() and value.isdigit()):
+        raise AttnbenchError(f"ATTNBENCH_CACHE_LIMIT must be a whole number of MiB, not {value!r}")
+    return int(value) << 20
+
+
+def nvcc() -> list[str]:
+    """Where CUDA's compiler may be: ATTNBENCH_NVCC alone if it is set, else PATH, CUDA_HOME, /usr/local/cuda."""
+    if named := os.environ.get("ATTNBENCH_NVCC"):
+        return [named]
+    homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return ["nvcc", *(os.path.join(home, "bin", "nvcc") for home in homes)]
+
+
+def ascend_home() -> str | None:
+    """ASCEND_HOME_PATH, else ASCEND_TOOLKIT_HOME, which CANN's set_env.sh sets: the folder of the toolkit."""
+    return os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME") or None
+
+
+def pto_lib_path() -> str | None:
+    """PTO_LIB_PATH: a checkout of the PTO library, whose headers kernels include; unset leaves CANN's own."""
+    return os.environ.get("PTO_LIB_PATH") or None
+
+
 def config_file() -> Path | None:
     """ATTNBENCH_CONFIG, else attnbench/config.toml in XDG_CONFIG_HOME or ~/.config; None where that is not there.
 

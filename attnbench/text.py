@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 
@@ -14,6 +15,12 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """`printable` text with every run of white space as one space."""
     return " ".join(printable(text).split())
+
+
+def without_home(text: str) -> str:
+    """`text` with the user's home folder written as ~."""
+    home = os.path.expanduser("~")
+    return re.sub(rf"{re.escape(home)}(?!\w)", "~", text) if len(home) > 1 else text
 
 
 def no_formula(text: str) -> str:

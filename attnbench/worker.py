@@ -22,7 +22,6 @@ from torch import Tensor
 
 from attnbench.backend import Backend
 from attnbench.devices import Device
-from attnbench.environment import without_home
 from attnbench.errors import in_a_line
 from attnbench.jit import CompileError
 from attnbench.patches import Patch, Patched
@@ -30,6 +29,7 @@ from attnbench.problem import Problem
 from attnbench.reference import Inputs, form_fault
 from attnbench.result import Check, Status
 from attnbench.seal import Seal
+from attnbench.text import without_home
 
 # Taken before any plugin is imported: a plugin that replaces them later changes nothing here.
 _COPY, _FILL, _TO = torch.Tensor.copy_, torch.Tensor.fill_, torch.Tensor.to

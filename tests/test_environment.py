@@ -14,8 +14,9 @@ import torch
 from attnbench import contention, environment
 from attnbench.contention import Load
 from attnbench.devices.cpu import cpu_name
-from attnbench.environment import ENVIRONMENT_VARIABLES, command, fingerprint, without_home
+from attnbench.environment import ENVIRONMENT_VARIABLES, command, fingerprint
 from attnbench.registry import Catalogue, EntryPointRef, PluginInfo
+from attnbench.text import without_home
 
 CATALOGUE = Catalogue(
     plugins=(
@@ -48,6 +49,7 @@ def test_the_fingerprint_is_an_allow_list():
         "libraries",
         "plugins",
         "plugins_of_other_interpreters",
+        "sources",
         "variables",
     }
 

@@ -14,7 +14,7 @@ import attnbench
 PACKAGE = ROOT / "attnbench"
 
 LAYERS = (
-    ("errors", "settings", "stats", "text", "ledger", "seal", "contention", "processes"),
+    ("errors", "settings", "stats", "text", "ledger", "seal", "contention", "processes", "sources"),
     ("problem", "result", "backend", "hookspecs", "blocks"),
     ("jit", "devices", "reference", "patches", "spot"),
     ("registry", "protocol", "roofline", "rows", "store", "environment", "watch"),

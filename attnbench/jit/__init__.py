@@ -1,4 +1,4 @@
-"""Owns the way from a C++ source to a loaded library: what the result depends on, and when it is built anew.
+"""Owns the way from a source in C++, CUDA or PTO to a loaded library: what it depends on, when it is built anew.
 
 Knows neither how a compiler is called (toolchain.py) nor how libraries are kept (cache.py).
 """
@@ -25,6 +25,9 @@ from attnbench.jit.toolchain import (
     ToolchainMissing,
     cpp_toolchain,
     cpu_features,
+    cuda_toolchain,
+    missing,
+    pto_toolchain,
     version_output,
 )
 
@@ -38,6 +41,9 @@ __all__ = [
     "cache",
     "compile",
     "cpp_toolchain",
+    "cuda_toolchain",
+    "missing",
+    "pto_toolchain",
     "version_output",
 ]
 
@@ -67,7 +73,7 @@ class Library:
 def compile(
     source: Path | str, *, toolchain: Toolchain | None = None, flags: Sequence[str] = (), timeout_s: float = 300.0
 ) -> Library:
-    """The shared library of a C++ source, from the cache if nothing that it depends on has changed.
+    """The shared library of a source, from the cache if nothing that it depends on has changed.
 
     `source` is a file (a Path) or the source text (a str). A file's own folder is an include directory. It depends on
     the source, the headers found there or in a `-I<dir>` of `flags` (in one piece, absolute), the flags, the compiler

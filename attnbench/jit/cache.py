@@ -98,11 +98,15 @@ class Cache:
 
         Where it is missing or not intact, or in any case with `replace`, `build(folder)` writes the file named
         `library` into a staging folder, which becomes the entry if it returns and vanishes if it raises. Other
-        processes wait meanwhile. `record` goes into entry.json. Raises AttnbenchError where the folder cannot be
-        written, and what `build` raises.
+        processes wait meanwhile. `record` goes into entry.json. Where the cache then holds more than
+        ATTNBENCH_CACHE_LIMIT allows, what was not used for longest goes. Raises AttnbenchError where the folder cannot
+        be written, and what `build` raises.
         """
+        limit_bytes = settings.cache_limit_bytes()
         entry = self.root / key
         if not replace and _intact(entry, library):
+            with suppress(OSError):
+                os.utime(entry / _RECORD)  # it was used
             return entry / library, True
         with self._readable_errors():
             self._sweep()
@@ -122,7 +126,22 @@ class Cache:
                     staging.rename(entry)
                 finally:
                     shutil.rmtree(staging, ignore_errors=True)
+            self._evict(limit_bytes, key)
         return entry / library, False
+
+    def _evict(self, limit_bytes: int, newest: str) -> None:
+        """Delete what was not used for longest until the rest fits; never `newest`, nor what is being built.
+
+        Whoever has loaded such a library keeps it: the file lives on until it is unloaded.
+        """
+        used = {key: self.root / key / _RECORD for key in self._keys() if key != newest}
+        total = self.size_bytes
+        for key in sorted(used, key=lambda key: _used_s(used[key])):
+            if total <= limit_bytes:
+                return
+            with self._lock(key, wait=False) as held:
+                if held:
+                    total -= sum(self._discard(path) for path in self._paths(key))
 
     def _keys(self) -> list[str]:
         with suppress(FileNotFoundError):
@@ -287,6 +306,14 @@ def _record(entry: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _used_s(record: Path) -> float:
+    """When an entry was used last, in seconds; 0 where it has no record, so that it goes first."""
+    try:
+        return record.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Owns the C++ compiler: which one, with which flags, how it is run, and how its errors read.
+"""Owns the compilers of C++, CUDA and PTO: which one, with which flags, how it is run, and how its errors read.
 
 Knows nothing of the cache, and nothing of what is compiled.
 """
@@ -11,7 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,8 +26,8 @@ _VERSION_TIMEOUT_S = 30.0
 class CompileError(AttnbenchError):
     """A source that does not compile, or a library that does not load; a case that ends in it is COMPILE_ERROR.
 
-    `message` is the compiler's first error line, file names without their directories; `log` is all it wrote on
-    stderr, and empty where it wrote nothing.
+    `message` is the compiler's first error line, file names without their directories, and the line of the source that
+    it is about; `log` is all it wrote on stderr, and empty where it wrote nothing.
     """
 
     def __init__(self, message: str, log: str = "", hint: str | None = None) -> None:
@@ -82,7 +83,7 @@ class Toolchain:
             raise CompileError(f"{self.compiler.name} cannot be run: {error}") from error
         log = done.stderr.decode(errors="replace")
         if done.returncode:
-            raise CompileError(_first_error(log) or f"{self.compiler.name}: {_ending(done.returncode)}", log)
+            raise CompileError(_first_error(log, cwd) or f"{self.compiler.name}: {_ending(done.returncode)}", log)
 
 
 def cpp_toolchain() -> Toolchain:
@@ -103,6 +104,71 @@ def cpp_toolchain() -> Toolchain:
     compiler = Path(found).absolute()
     flags = ("-O3", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", *_native_flags())
     return Toolchain(compiler, version_output(compiler), flags)
+
+
+def cuda_toolchain(arch: str | None = None) -> Toolchain:
+    """nvcc for `arch`, such as sm_80 or sm_90a; left out, the architecture of torch's current CUDA device.
+
+    The compiler is that of ATTNBENCH_NVCC, else of PATH, CUDA_HOME or /usr/local/cuda. Raises ToolchainMissing where
+    there is none, where the host compiler that it needs is not there, or, `arch` left out, where torch sees no GPU.
+    """
+    if arch is None:
+        arch = _cuda_arch()
+    places = settings.nvcc()
+    found = next(filter(None, map(shutil.which, places)), None)
+    if found is None:
+        what = (
+            f"nvcc, set by ATTNBENCH_NVCC to {places[0]!r}, was not found" if len(places) == 1 else "there is no nvcc"
+        )
+        raise ToolchainMissing(what, "install the CUDA toolkit, or set ATTNBENCH_NVCC or CUDA_HOME")
+    host = cpp_toolchain()
+    compiler = Path(found).absolute()
+    language = ("-O3", "-std=c++17", "-shared", "-x", "cu", f"-arch={arch}")
+    flags = (*language, "-ccbin", str(host.compiler), "-Xcompiler", "-fPIC,-Wall,-Wextra")
+    return Toolchain(compiler, version_output(compiler) + host.version_output, flags)
+
+
+def _cuda_arch() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        what = "torch sees no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
+        raise ToolchainMissing(what, "it takes an NVIDIA GPU and a CUDA build of torch")
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")  # wgmma and TMA are in the `a` variants alone
+
+
+PTO_ARCH = "dav-2201"
+"""Of the Ascend 910B, as CANN's compiler calls it."""
+
+
+def pto_toolchain(arch: str = PTO_ARCH) -> Toolchain:
+    """CANN's bisheng, for kernels written with the PTO instructions; `arch` is dav-2201 on an Ascend 910B.
+
+    It is looked for on PATH, then in ASCEND_HOME_PATH or ASCEND_TOOLKIT_HOME. PTO's headers are those of PTO_LIB_PATH,
+    else of CANN. Not run on Ascend hardware yet. Raises ToolchainMissing where something is not there.
+    """
+    home, library = settings.ascend_home(), settings.pto_lib_path()
+    places = ["bisheng", *([os.path.join(home, "bin", "bisheng")] if home else [])]
+    found = next(filter(None, map(shutil.which, places)), None)
+    if found is None:
+        raise ToolchainMissing("CANN's compiler bisheng is not on PATH", "install CANN and source its set_env.sh")
+    folders = [os.path.join(folder, "include") for folder in (library, home) if folder]
+    if not any(os.path.isdir(os.path.join(folder, "pto")) for folder in folders):
+        where = "PTO_LIB_PATH has no include/pto" if library else "PTO's headers are not there"
+        raise ToolchainMissing(where, "set PTO_LIB_PATH to a checkout of the PTO library")
+    flags = ("-O2", "-std=c++17", "-fPIC", "-shared", "-xcce", f"--npu-arch={arch}", "-DMEMORY_BASE")
+    compiler = Path(found).absolute()
+    return Toolchain(compiler, version_output(compiler), (*flags, *(f"-I{os.path.abspath(f)}" for f in folders)))
+
+
+def missing(toolchain: Callable[[], Toolchain]) -> str | None:
+    """Why a toolchain cannot be had, with what would help: what `Backend.unavailable` returns. None where it can."""
+    try:
+        toolchain()
+    except ToolchainMissing as error:
+        return f"{error.message}: {error.hint}" if error.hint else error.message
+    return None
 
 
 def version_output(compiler: Path) -> str:
@@ -160,16 +226,25 @@ def _native_flags() -> tuple[str, ...]:
 
 def _environment() -> dict[str, str]:
     """What a compiler needs to run, and nothing (CPATH, LIBRARY_PATH, …) that would change its output unseen."""
-    return {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ} | {"LC_ALL": "C"}
+    names = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
+    return {name: os.environ[name] for name in names if name in os.environ} | {"LC_ALL": "C"}
 
 
-def _first_error(log: str) -> str:
+def _first_error(log: str, cwd: Path) -> str:
+    """The first line of `log` that tells an error, and the line of the source that it names."""
     lines = [line for line in log.splitlines() if line.strip()]
     # collect2 only repeats that the linker failed; the linker has said why before.
     errors = [line for line in lines if re.search(r"\berror: ", line) and not line.startswith("collect2")]
     line = next(iter(errors or lines), "")
     place, colon, rest = line.partition(":")
-    return (place.rpartition("/")[2] if colon else place) + colon + rest
+    shown = (place.rpartition("/")[2] if colon else place) + colon + rest
+    about = re.match(r"(?P<file>[^:()]+)(?::(?P<line>\d+):|\((?P<nvcc>\d+)\):)", line)
+    if about is None:
+        return shown
+    with suppress(OSError, IndexError):
+        text = (cwd / about["file"]).read_text(errors="replace").splitlines()
+        return f"{shown} | {text[int(about['line'] or about['nvcc']) - 1].strip()}"
+    return shown
 
 
 def _ending(returncode: int) -> str:

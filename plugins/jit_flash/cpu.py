@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
@@ -40,12 +40,12 @@ class JitFlashCpu(Backend):
     device: DeviceKind = "cpu"
     summary = "JIT-compiled C++ flash attention (tiled online softmax)"
 
+    @property
+    def sources(self) -> Sequence[str]:  # type: ignore[override]
+        return [str(files("attnbench_kernels") / "cpu")]
+
     def unavailable(self) -> str | None:
-        try:
-            jit.cpp_toolchain()
-        except jit.ToolchainMissing as error:
-            return f"{error.message}: {error.hint}" if error.hint else error.message
-        return None
+        return jit.missing(jit.cpp_toolchain)
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":
