@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 # No rich markup: help stays fast, and no text from outside is taken for markup.
 app = typer.Typer(name="attnbench", rich_markup_mode=None, pretty_exceptions_enable=False)
 cache_app = typer.Typer(rich_markup_mode=None, help="Show or clear the compiled kernels.")
+plugins_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
+app.add_typer(plugins_app, name="plugins")
 
 DEFAULT_FORMAT = "github"
 NO_PATH = ""
@@ -139,9 +141,11 @@ def list_backends(
         _tell_failures(catalogue)
 
 
-@app.command()
-def plugins(no_plugin: NoPlugin = None, python: Python = None, as_json: AsJson = False) -> None:
-    """List plugins: where they come from, what they bring, and why one failed to load."""
+@plugins_app.callback(invoke_without_command=True)
+def plugins(context: typer.Context, no_plugin: NoPlugin = None, python: Python = None, as_json: AsJson = False) -> None:
+    """List plugins: where they come from, what they bring, and why one failed to load. `check` tries one."""
+    if context.invoked_subcommand is not None:
+        return
     with _data() as out:
         catalogue = _discover(no_plugin, python)
         if as_json:
@@ -173,6 +177,45 @@ def plugins(no_plugin: NoPlugin = None, python: Python = None, as_json: AsJson =
         _print_table(out, ("entry point", "distribution", "version", "backends", "suites", "state"), rows)
         for plugin in catalogue.failures:
             _say(f"\n{plugin.source.name} of {plugin.source.distribution} {plugin.source.version}:\n{plugin.error}")
+
+
+@plugins_app.command("check")
+def plugins_check(
+    name: Annotated[str, typer.Argument(help="A backend's name, or file.py:name.", metavar="NAME")],
+    device: Annotated[str | None, typer.Option(help="Only on this device.", metavar="NAME")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for each test.")] = 120.0,
+    python: Python = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the conformance kit on a backend: what every one must do, test by test, in a process of its own."""
+    with _data() as out:
+        from attnbench import api, devices, plan
+        from attnbench.registry import EntryPointRef
+        from attnbench.testing import check
+
+        api.require_timeout(timeout)
+        source = EntryPointRef.of_file(name)
+        catalogue = _discover(None, python, [source] if source else [])
+        names = plan.resolve_backends(name, catalogue, "plugins check")
+        kind = None if device is None else devices.choose(device).kind
+        found = [info for info in catalogue.backends if info.name in names and kind in (None, info.device)]
+        usable = [info for info in found if info.available]
+        if not usable:
+            why = "; ".join(f"on {info.device}: {info.reason}" for info in found) or f"it does not run on {kind}"
+            raise AttnbenchError(f"{', '.join(names)} cannot be checked here: {why}", None, ExitCode.NOTHING_PASSED)
+        outcomes = {info.device: list(check.check(info, timeout)) for info in usable}
+        if as_json:
+            rows = [{"device": kind} | dataclasses.asdict(one) for kind, all_ in outcomes.items() for one in all_]
+            _print_json(out, rows)
+        else:
+            for kind, all_ in outcomes.items():
+                _say(f"{', '.join(names)} on {kind}")
+                _print_table(out, ("test", "outcome", "why"), check.table(all_))
+        failed = [one for all_ in outcomes.values() for one in all_ if one.outcome == check.FAILED]
+        for trace in dict.fromkeys(one.trace for one in failed if one.trace):
+            _say(f"\n{trace}")
+        if failed:
+            _end(ExitCode.FAILED)
 
 
 @app.command()

@@ -151,7 +151,7 @@ def resolve_backends(text: str, catalogue: Catalogue, option: str = "--backends"
     names: list[str] = []
     for word in split(text, option):
         if plugin := files.get(EntryPointRef.of_file(word)):  # discovery was told of it
-            _require_loaded(plugin, f"attnbench plugins check {word} shows its traceback")
+            _require_loaded(plugin, None)
             names += plugin.backends
             continue
         name = _match(word, [*known, *failed], "backend")
@@ -167,7 +167,7 @@ def files_of(selection: Selection) -> list[EntryPointRef]:
     return [source for word in words if (source := EntryPointRef.of_file(word.strip())) is not None]
 
 
-def _require_loaded(plugin: PluginInfo, hint: str) -> None:
+def _require_loaded(plugin: PluginInfo, hint: str | None) -> None:
     if plugin.error is not None:
         source = plugin.source
         what = f"plugin {source.name} of {source.distribution} failed to load: {plugin.error_line}"

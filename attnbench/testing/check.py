@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,23 @@ def check(info: BackendInfo, timeout_s: float) -> Iterator[Outcome]:
     finally:
         if process is not None:
             process.close()
+
+
+def table(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """A row a test: its name, how it ended in which dtypes, and why where it was not passed."""
+    rows = []
+    for test, group in itertools.groupby(outcomes, key=lambda one: one.test):
+        by_outcome: dict[str, list[str]] = {}
+        words: list[str] = []
+        for one in group:
+            by_outcome.setdefault(one.outcome, []).append(one.dtype)
+            words += [one.words] if one.outcome != PASSED else []
+        how = [
+            outcome if len(by_outcome) == 1 else f"{outcome} {', '.join(dtypes)}"
+            for outcome, dtypes in by_outcome.items()
+        ]
+        rows.append([test.replace("_", " "), "; ".join(how), "; ".join(dict.fromkeys(words))])
+    return rows
 
 
 class _Ended(Exception):
