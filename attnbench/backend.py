@@ -22,7 +22,7 @@ class Backend(Protocol):
     """
 
     name: str
-    """Matches [a-z][a-z0-9_]*."""
+    """Matches `[a-z][a-z0-9_]*`."""
     device: DeviceKind
     """cpu, cuda or npu: where q, k and v lie when `prepare` gets them."""
     summary: str = ""

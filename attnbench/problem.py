@@ -280,7 +280,7 @@ def _require_choice(name: str, value: object, choices: Sequence[str]) -> None:
 class Suite:
     """A named, ordered list of different problems.
 
-    Raises ValueError where the name is not [a-z][a-z0-9_-]*, no problem is given, or one stands in it twice.
+    Raises ValueError where the name is not `[a-z][a-z0-9_-]*`, no problem is given, or one stands in it twice.
     """
 
     name: str

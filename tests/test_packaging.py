@@ -66,8 +66,9 @@ def test_what_make_installs_is_pinned(pyproject: dict) -> None:
     pins = {
         line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     }
-    for need in (*pyproject["project"]["dependencies"], *pyproject["project"]["optional-dependencies"]["test"]):
-        name = need.partition(">")[0].partition(";")[0].strip().lower()
+    extras = pyproject["project"]["optional-dependencies"]
+    for need in (*pyproject["project"]["dependencies"], *extras["test"], *extras["docs"]):
+        name = need.partition(">")[0].partition(";")[0].partition("[")[0].strip().lower()
         assert name in pins or "python_version < " in need, need
 
 

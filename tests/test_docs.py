@@ -1,0 +1,153 @@
+"""docs/: current where it is generated, its links and pages are there, and its commands are ones that parse."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, Answer
+
+import attnbench
+from attnbench import jit, store
+from attnbench.problem import load_suite
+from attnbench.report.tables import DETAIL_COLUMNS, Tables
+from attnbench.result import Status
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+WRITTEN = [page for page in (*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md") if page != DOCS / "cli.md"]
+MADE_UP = ("/envs/", "reports/NAME", "RUN", "NAME", "OLD", "my_", "my-", ".toml")
+"""What stands in a command for something of the reader's own, so that only its options can be tried."""
+
+
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```$|`[^`\n]+`", "", text(page), flags=re.MULTILINE | re.DOTALL)
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor, as GitHub and the site make it of plain words."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def commands(alone: bool) -> list[str]:
+    """The attnbench commands that pages show, `alone` as lines of code, or else within a text."""
+    found: set[str] = set()
+    for page in WRITTEN:
+        if not alone:
+            found |= set(re.findall(r"`(attnbench [a-z-][^`\n]*)`", text(page)))
+            continue
+        blocks = re.findall(r"^```(?:sh|console)?\n(.*?)^```$", text(page), re.MULTILINE | re.DOTALL)
+        blocks += re.findall(r"^ {4}.*$", text(page), re.MULTILINE)
+        for block in blocks:
+            found |= set(re.findall(r"^(?: {4})?(?:\$ )?(?:\.venv/bin/)?(attnbench .+)$", block, re.MULTILINE))
+    return sorted({re.split(r" {2,}| #| > ", line)[0] for line in found})
+
+
+def test_the_commands_page_is_what_the_command_line_says() -> None:
+    made = runpy.run_path(str(ROOT / "tools" / "cli_docs.py"))["page"]()
+    assert text(DOCS / "cli.md") == made, "run python tools/cli_docs.py"
+
+
+def test_a_stale_commands_page_is_exit_1_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "cli_docs.py"))
+    main = tool["main"]
+    monkeypatch.setattr("sys.argv", ["cli_docs.py", "--check"])
+    main()
+    monkeypatch.setitem(main.__globals__, "PAGE", tmp_path / "cli.md")
+    for stale in (None, "# Commands\n"):
+        if stale is not None:
+            (tmp_path / "cli.md").write_text(stale)
+        with pytest.raises(SystemExit, match=r"run python tools/cli_docs\.py"):  # sys.exit of text is exit code 1
+            main()
+    monkeypatch.setattr("sys.argv", ["cli_docs.py"])
+    main()
+    assert text(tmp_path / "cli.md") == text(DOCS / "cli.md")
+
+
+@pytest.mark.parametrize("page", [*WRITTEN, DOCS / "cli.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_points_to_something(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (page.parent / name).resolve() if name else page
+        assert found.exists(), target
+        if anchor:
+            assert anchor in map(slug, re.findall(r"^#+ (.+)$", text(found), re.MULTILINE)), target
+        if page.is_relative_to(DOCS):
+            assert found.is_relative_to(DOCS), f"{target} is not on the site"
+
+
+def test_every_page_is_in_the_navigation_once_and_nothing_else_is() -> None:
+    nav = re.search(r"^nav:\n((?:  .*\n)+)", text(ROOT / "mkdocs.yml"), re.MULTILINE)
+    assert nav is not None
+    named = re.findall(r"([\w/-]+\.md)$", nav[1], re.MULTILINE)
+    assert sorted(named) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
+
+
+def test_there_are_commands_to_try() -> None:
+    assert {"attnbench list", "attnbench run --suite smoke"} <= set(commands(alone=True))
+    assert "attnbench cache show" in commands(alone=False)
+
+
+@pytest.mark.parametrize("line", commands(alone=True))
+def test_every_command_line_shown_is_one_that_parses(line: str, cli: Callable[..., Answer]) -> None:
+    words = [str(ROOT / word) if word.startswith("reports/") else word for word in shlex.split(line)[1:]]
+    made_up = any(part in line for part in MADE_UP)
+    if words[0] == "run" and not made_up:
+        answer = cli(*words, "--dry-run")
+    elif words[0] == "report" and not made_up:
+        answer = cli(*words)
+    else:
+        answer = cli(*words, "--help")
+    assert answer.code in (0, None), answer.err
+    assert answer.out
+
+
+@pytest.mark.parametrize("words", commands(alone=False))
+def test_every_command_named_in_a_text_has_the_options_it_is_named_with(words: str, cli: Callable[..., Answer]) -> None:
+    answer = cli(*shlex.split(words)[1:], "--help")
+    assert answer.code in (0, None), answer.err
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        block
+        for page in WRITTEN
+        for block in re.findall(r"^```toml\n(.*?)^```$", text(page), re.MULTILINE | re.DOTALL)
+        if "[[problems]]" in block
+    ],
+)
+def test_every_suite_shown_loads(block: str, tmp_path: Path) -> None:
+    path = tmp_path / "suite.toml"
+    path.write_text(block, encoding="utf-8")
+    assert len(load_suite(path)) >= 1
+
+
+def test_the_table_on_the_first_page_is_the_committed_runs() -> None:
+    comparison = Tables(store.load(ROOT / "reports" / "cpu-xeon-2.8ghz")).comparisons[0]
+    page = text(DOCS / "index.md")
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in re.findall(r"^\| +\d.*\|$", page, re.MULTILINE)]
+    assert rows == comparison.cells[:4], "copy the rows of attnbench report reports/cpu-xeon-2.8ghz"
+    assert comparison.summary in page
+    assert comparison.detectable in page
+
+
+def test_every_status_column_and_public_name_is_explained() -> None:
+    concepts, start, api = (text(DOCS / name) for name in ("concepts.md", "getting-started.md", "api.md"))
+    assert set(re.findall(r"^\| ([A-Z_]+) \|", concepts, re.MULTILINE)) == {status.value for status in Status}
+    cells = {cell for cells in re.findall(r"^\| ([^|]+) \|", start, re.MULTILINE) for cell in cells.split(", ")}
+    assert set(DETAIL_COLUMNS) <= cells
+    for name in attnbench.__all__:
+        assert f"attnbench.{name}" in api
+    for name in jit.__all__:
+        assert f"attnbench.jit.{name}" in api
