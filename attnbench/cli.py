@@ -192,6 +192,7 @@ def plugins_check(
         from attnbench import api, devices, plan
         from attnbench.registry import EntryPointRef
         from attnbench.testing import check
+        from attnbench.testing.conform import FAILED
 
         api.require_timeout(timeout)
         source = EntryPointRef.of_file(name)
@@ -211,7 +212,7 @@ def plugins_check(
             for kind, all_ in outcomes.items():
                 _say(f"{', '.join(names)} on {kind}")
                 _print_table(out, ("test", "outcome", "why"), check.table(all_))
-        failed = [one for all_ in outcomes.values() for one in all_ if one.outcome == check.FAILED]
+        failed = [one for all_ in outcomes.values() for one in all_ if one.outcome == FAILED]
         for trace in dict.fromkeys(one.trace for one in failed if one.trace):
             _say(f"\n{trace}")
         if failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import Answer, PluginFolder
@@ -56,9 +57,11 @@ def known_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
     discover = discovery.discover
 
-    def remembering(without: Collection[str] = (), python: Mapping[str, str] | None = None, **limits: float) -> object:
-        if os.environ.get("PYTHONPATH") != OUTSIDE_PATH or python or limits:
-            return discover(without, python, **limits)
+    def remembering(
+        without: Collection[str] = (), python: Mapping[str, str] | None = None, files: Any = (), **limits: float
+    ) -> object:
+        if os.environ.get("PYTHONPATH") != OUTSIDE_PATH or python or files or limits:
+            return discover(without, python, files, **limits)
         key = (frozenset(without), *map(os.environ.get, SETTINGS))
         if key not in _discovered:
             _discovered[key] = discover(without, python)

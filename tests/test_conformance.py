@@ -1,8 +1,9 @@
-"""attnbench.testing: attnbench's own backends pass the kit, and each of these wrong ones fails the test named for it."""
+"""attnbench.testing: attnbench's own backends pass the kit, and each of these wrong ones fails its own test alone."""
 
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import attnbench
+from helpers import ROOT, attnbench
 from torch import Tensor
 
+from attnbench import registry
 from attnbench.backend import Backend
 from attnbench.problem import Problem
 from attnbench.registry import BackendInfo, EntryPointRef
 from attnbench.testing import BackendConformance
 from attnbench.testing.check import Outcome, check, table
-from attnbench.testing.conform import _run, tests
+from attnbench.testing.conform import _run, every_test
 from attnbench_plugins.gemm_ref import GemmRef
 from attnbench_plugins.jit_flash.cpu import JitFlashCpu
 from attnbench_plugins.sdpa import Sdpa
@@ -242,11 +244,11 @@ def outcomes(backend: Backend, *, dtype: str = "fp32") -> dict[str, str]:
     """How each test of the kit ends, those with a dtype in one of them."""
     kit = BackendConformance()
     kit.backend = backend
-    return {name: _run(kit, name, of)["outcome"] for name, of in tests() if of in ("", dtype)}
+    return {name: _run(kit, name, of)["outcome"] for name, of in every_test() if of in ("", dtype)}
 
 
 def test_every_test_of_the_kit_has_a_backend_that_is_wrong_in_its_way() -> None:
-    assert {name for name, _ in tests()} == WRONG.keys() | ALSO
+    assert {name for name, _ in every_test()} == WRONG.keys() | ALSO
 
 
 def test_what_is_right_passes() -> None:
@@ -303,7 +305,7 @@ def test_a_process_that_dies_fails_one_test_and_the_rest_go_on(mine: Path) -> No
     source = EntryPointRef.of_file(f"{mine}:Mine")
     assert source is not None
     found = list(check(BackendInfo("mine", "cpu", "", "", True, None, source), 60.0))
-    assert [(one.test, one.dtype) for one in found] == list(tests())
+    assert [(one.test, one.dtype) for one in found] == list(every_test())
     failed = {one.test: one for one in found if one.outcome == "FAILED"}
     assert failed.keys() == {"head_dim_40", "softmax_scale"}
     assert failed["head_dim_40"].words == "its process ended: exit code 7"
@@ -345,6 +347,19 @@ def test_plugins_check_of_what_is_not_available_says_why(mine: Path) -> None:
 
 
 # A backend from a file
+
+
+def test_the_backend_of_the_docs_passes_the_kit(tmp_path: Path) -> None:
+    code = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "plugins.md").read_text(), re.MULTILINE | re.DOTALL)[
+        0
+    ]
+    (tmp_path / "my_attention.py").write_text(code)
+    source = EntryPointRef.of_file(f"{tmp_path}/my_attention.py:MyAttention")
+    assert source is not None
+    backend = registry.load(BackendInfo("my_attention", "cpu", "", "", True, None, source))
+    found = outcomes(backend)
+    assert "FAILED" not in found.values()
+    assert found["square"] == found["reads_single_rows_at_each_call"] == "passed"
 
 
 def test_a_backend_from_a_file_runs_beside_the_others(mine: Path) -> None:

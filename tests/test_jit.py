@@ -683,3 +683,98 @@ def test_library_is_plain_ctypes(fast):
 def test_torch_is_not_imported():
     code = "import sys, attnbench.jit; print({'torch', 'pandas', 'numpy'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+# Other compilers
+
+
+def test_a_compile_error_shows_the_line_of_the_source(fast, tmp_path):
+    (tmp_path / "broken.cpp").write_text("int x;\n  int f() { return nothing; }\n")
+    with pytest.raises(jit.CompileError) as caught:
+        jit.compile(tmp_path / "broken.cpp", toolchain=fast)
+    assert caught.value.message.endswith(" | int f() { return nothing; }")
+
+
+def test_nvccs_way_to_name_a_line_is_understood(tmp_path):
+    body = "echo 'source/source.cpp(2): error: identifier \"y\" is undefined' >&2; exit 1"
+    with pytest.raises(jit.CompileError) as caught:
+        jit.compile("int x;\nint z = y;\n", toolchain=script(tmp_path / "nvcc", body))
+    assert caught.value.message == 'source.cpp(2): error: identifier "y" is undefined | int z = y;'
+
+
+def tool(path: Path) -> Path:
+    """An executable that answers --version."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\necho fake 2.0\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_nvcc_is_looked_for_where_it_may_be(monkeypatch, tmp_path):
+    for name in ("ATTNBENCH_NVCC", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(toolchain.settings, "nvcc", lambda: ["/nowhere/nvcc", "/nowhere/else"])
+    with pytest.raises(jit.ToolchainMissing, match=r"^there is no nvcc$"):
+        jit.cuda_toolchain("sm_80")
+    monkeypatch.undo()
+    monkeypatch.setenv("ATTNBENCH_NVCC", str(tmp_path / "none"))
+    with pytest.raises(jit.ToolchainMissing, match="set by ATTNBENCH_NVCC to "):
+        jit.cuda_toolchain("sm_80")
+    named = tool(tmp_path / "nvcc")
+    monkeypatch.setenv("ATTNBENCH_NVCC", str(named))
+    found = jit.cuda_toolchain("sm_90a")
+    assert found.compiler == named
+    assert "-arch=sm_90a" in found.flags
+    assert found.version_output.startswith("fake 2.0\n")
+    assert found.version_output != "fake 2.0\n"  # the host compiler's is part of it
+
+
+def test_without_a_gpu_an_architecture_must_be_named():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert (jit.missing(jit.cuda_toolchain) or "").startswith("this torch is built without CUDA: ")
+
+
+def test_pto_needs_bisheng_and_headers_and_says_which_is_missing(monkeypatch, tmp_path):
+    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "PTO_LIB_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "bisheng" in (jit.missing(jit.pto_toolchain) or "")
+    compiler = tool(tmp_path / "cann" / "bin" / "bisheng")
+    monkeypatch.setenv("PATH", os.defpath)
+    monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path / "cann"))
+    assert (jit.missing(jit.pto_toolchain) or "").startswith("PTO's headers are not there: set PTO_LIB_PATH")
+    monkeypatch.setenv("PTO_LIB_PATH", str(tmp_path / "pto"))
+    assert (jit.missing(jit.pto_toolchain) or "").startswith("PTO_LIB_PATH has no include/pto: ")
+    (tmp_path / "pto" / "include" / "pto").mkdir(parents=True)
+    found = jit.pto_toolchain()
+    assert found.compiler == compiler
+    assert {"--npu-arch=dav-2201", f"-I{tmp_path / 'pto' / 'include'}"} <= set(found.flags)
+
+
+# The limit
+
+
+def test_beyond_its_limit_the_cache_drops_what_was_not_used_for_longest(fast, monkeypatch):
+    paths = [jit.compile(answer(value), toolchain=fast).path.parent for value in (1, 2, 3)]
+    for age_s, path in zip((300, 200, 100), paths):
+        at_s = (path / "entry.json").stat().st_mtime - age_s
+        os.utime(path / "entry.json", (at_s, at_s))
+    assert jit.compile(answer(1), toolchain=fast).cached  # so it was used last
+    kept = cache.Cache(paths[0].parent)
+    total = kept.size_bytes
+    monkeypatch.setattr(toolchain.settings, "cache_limit_bytes", lambda: total + 100)
+    newest = jit.compile(answer(4), toolchain=fast).path.parent
+    assert {entry.path for entry in kept.entries()} == {paths[0], paths[2], newest}
+    monkeypatch.setattr(toolchain.settings, "cache_limit_bytes", lambda: 0)
+    last = jit.compile(answer(5), toolchain=fast).path.parent
+    assert [entry.path for entry in kept.entries()] == [last]
+
+
+@pytest.mark.parametrize("value", ["-1", "lots", "1.5"])
+def test_a_limit_that_is_no_number_of_mib_is_an_error(fast, monkeypatch, value):
+    monkeypatch.setenv("ATTNBENCH_CACHE_LIMIT", value)
+    with pytest.raises(AttnbenchError, match="ATTNBENCH_CACHE_LIMIT must be a whole number of MiB"):
+        jit.compile(answer(), toolchain=fast)

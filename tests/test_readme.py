@@ -15,7 +15,7 @@ from attnbench.report.tables import Tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMITTED_RUN = ROOT / "reports" / "cpu-xeon-2.8ghz"
+COMMITTED_RUN = ROOT / "reports" / "cpu-epyc"
 
 
 def _block(language: str) -> str:

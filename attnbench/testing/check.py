@@ -13,7 +13,7 @@ from typing import Any
 
 from attnbench.child import LAST_WORDS_S, Child, ending
 from attnbench.registry import BackendInfo
-from attnbench.testing.conform import FAILED, PASSED, SKIPPED, tests
+from attnbench.testing.conform import FAILED, PASSED, SKIPPED, every_test
 from attnbench.text import one_line
 from attnbench.wire import Closed, NoAnswer, WireError
 
@@ -39,7 +39,7 @@ def check(info: BackendInfo, timeout_s: float) -> Iterator[Outcome]:
     """Run every test of the kit on a backend, each for at most `timeout_s` seconds, and tell how each ended."""
     process: _Process | None = None
     try:
-        for test, dtype in tests():
+        for test, dtype in every_test():
             try:
                 if process is None:
                     process = _Process(info)

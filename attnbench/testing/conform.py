@@ -24,7 +24,7 @@ from attnbench.wire import Channel, Closed
 PASSED, SKIPPED, FAILED = "passed", "skipped", "FAILED"
 
 
-def tests() -> Iterator[tuple[str, str]]:
+def every_test() -> Iterator[tuple[str, str]]:
     """Every test of the kit in its order: its name without `test_`, and the dtype it is for, or an empty text."""
     for name, function in vars(BackendConformance).items():
         if name.startswith("test_"):
