@@ -17,7 +17,7 @@ import pytest
 from helpers import QUICK, TINY, Answer, PluginFolder, attnbench, python
 
 import attnbench as public
-from attnbench import discovery, plan, settings
+from attnbench import child, discovery, plan, settings
 from attnbench.discovery import discover
 from attnbench.errors import AttnbenchError, ExitCode
 from attnbench.problem import BUILTIN_SUITES
@@ -208,7 +208,7 @@ def test_in_the_normal_case_one_process_loads_all(plugins: PluginFolder) -> None
 LEGACIES = {
     "a thread that ends it": "import threading\nthreading.Timer(0.5, os._exit, [5]).start()\n" + HOOK + "    return []",
     "two answers": HOOK + '    frame(\'{"number": 1, "description":'
-    ' {"backends": [], "suites": [], "load_s": 0, "error": null}}\')\n    return [Toy("never_told")]',
+    ' {"backends": [], "suites": [], "load_s": 0, "error": null, "sources": []}}\')\n    return [Toy("never_told")]',
 }
 
 
@@ -381,7 +381,7 @@ def test_a_backend_of_another_interpreter_is_listed_checked_and_run(envs, plugin
     assert ran.code == 0, ran.err
     assert [(r["kernel"], r["status"]) for r in json.loads(ran.out)] == [("fi", "PASSED")]
     header = json.loads((folder / "r" / "run.json").read_text())
-    assert header["environment"]["plugins"] == {"fi-dist": "2.0"}
+    assert header["environment"]["plugins_of_other_interpreters"] == {"fi-dist": "2.0"}
     assert json.loads(attnbench("env", "--json", *option).out)["plugins"] == {"fi-dist": "2.0"}
     for file in (folder / "r").iterdir():
         assert "secret-home" not in file.read_text()
@@ -543,7 +543,7 @@ def test_what_starts_no_attnbench_is_that_names_failure(envs) -> None:
 
 @pytest.mark.usefixtures("own")
 def test_a_first_message_that_is_none_is_that_names_failure(envs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "END_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(child, "END_TIMEOUT_S", 0.5)
     there = envs()
     there.python.write_text(
         f"#!{sys.executable}\nimport socket, sys, time\n"
@@ -560,7 +560,7 @@ def test_silence_at_the_start_is_that_names_failure_and_leaves_no_process(envs, 
     mark = there.path / "pids"
     there.python.write_text(f'#!/bin/sh\nsleep 600 &\necho $$ $! > "{mark}"\nwait\n')
     monkeypatch.setattr(discovery, "START_LIMIT_S", 8.0)
-    monkeypatch.setattr(discovery, "END_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(child, "END_TIMEOUT_S", 0.5)
     assert broken_fi(discover(python={"fi": str(there.python)})) == (
         "~/fi/bin/python does not start attnbench: it took longer than 8 s"
     )

@@ -15,15 +15,18 @@ from attnbench import processes
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 
 TREE = """
-import subprocess, sys, threading, time
+import os, subprocess, threading, time
+
+def tell(process):
+    os.write(1, f"{process.pid}\\n".encode())  # in one piece, as two threads tell
 
 def start():
-    print(subprocess.Popen(["sleep", "600"], start_new_session=True).pid, flush=True)
+    tell(subprocess.Popen(["sleep", "600"], start_new_session=True))
     time.sleep(600)
 
 start_by_thread = threading.Thread(target=start, daemon=True)
 start_by_thread.start()
-print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+tell(subprocess.Popen(["sleep", "600"]))
 time.sleep(600)
 """
 
