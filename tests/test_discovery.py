@@ -382,7 +382,7 @@ def test_a_backend_of_another_interpreter_is_listed_checked_and_run(envs, plugin
     assert [(r["kernel"], r["status"]) for r in json.loads(ran.out)] == [("fi", "PASSED")]
     header = json.loads((folder / "r" / "run.json").read_text())
     assert header["environment"]["plugins_of_other_interpreters"] == {"fi-dist": "2.0"}
-    assert json.loads(attnbench("env", "--json", *option).out)["plugins"] == {"fi-dist": "2.0"}
+    assert json.loads(attnbench("env", "--json", *option).out)["plugins_of_other_interpreters"] == {"fi-dist": "2.0"}
     for file in (folder / "r").iterdir():
         assert "secret-home" not in file.read_text()
 
