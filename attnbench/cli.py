@@ -14,6 +14,27 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 import typer
 
 from attnbench.errors import AttnbenchError, ExitCode
+from attnbench.options import (
+    AsJson,
+    Backends,
+    Baseline,
+    Batch,
+    Causal,
+    Device,
+    Dtype,
+    HeadDim,
+    Heads,
+    NoIsolate,
+    NoPlugin,
+    Python,
+    Seed,
+    SeqlenK,
+    SeqlenQ,
+    Skip,
+    SuiteName,
+    Timeout,
+    Verbose,
+)
 from attnbench.text import one_line, printable
 
 if TYPE_CHECKING:
@@ -34,49 +55,6 @@ NO_PATH = ""
 """What no path is."""
 BUSY_SHARE = 0.1
 """With one of two cores taken, OpenMP's barriers made a 40 µs call take 8 ms."""
-
-Text = Annotated[str | None, typer.Option(metavar="LIST")]
-Device = Annotated[str, typer.Option(help="auto (npu, else cuda, else cpu), cpu, cuda or npu.", metavar="NAME")]
-Backends = Annotated[
-    str | None, typer.Option(help="Names or unique prefixes, comma-separated. [default: all available]")
-]
-Skip = Annotated[str | None, typer.Option(help="Names or unique prefixes to leave out.")]
-SuiteName = Annotated[
-    str | None, typer.Option("--suite", help="A suite's name or a file.toml. [default: pto]", metavar="SUITE")
-]
-SeqlenQ = Annotated[str | None, typer.Option(help="Query lengths: 128,1k.", metavar="LIST")]
-SeqlenK = Annotated[str | None, typer.Option(help="Key lengths: 1k,8k.", metavar="LIST")]
-HeadDim = Annotated[str | None, typer.Option(help="Head sizes: 64,128 or 192x128 (q and k, v).", metavar="LIST")]
-Batch = Annotated[str | None, typer.Option(help="Batch sizes.", metavar="LIST")]
-Heads = Annotated[str | None, typer.Option(help="Heads: 8 or 32x8 (query, key and value).", metavar="LIST")]
-Dtype = Annotated[str | None, typer.Option(help="fp16, bf16, fp32 or auto.", metavar="LIST")]
-Causal = Annotated[str | None, typer.Option(help="true, false or true,false.", metavar="LIST")]
-# None where it was not given: a run that goes on then keeps what it was begun with.
-Timeout = Annotated[
-    float | None,
-    typer.Option(help="Seconds for prepare and check together, and again for timing, of a case.", show_default="120"),
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of inputs, order and sampled rows.", show_default="0")]
-NoPlugin = Annotated[
-    list[str] | None, typer.Option(help="Do not load this entry point. Can be given again.", metavar="NAME")
-]
-Python = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--python",
-        help="Take this plugin or backend from another interpreter's environment. Can be given again.",
-        metavar="NAME=EXE",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Baseline = Annotated[
-    str | None,
-    typer.Option(help="A backend's name, or best: the fastest other one of each problem. [default: the device's]"),
-]
-NoIsolate = Annotated[
-    bool, typer.Option("--no-isolate", help="Run backends in this process, for a debugger: what crashes one ends all.")
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also tell how every case ended.")]
 
 
 def _version(wanted: bool) -> None:
@@ -190,13 +168,11 @@ def plugins_check(
     """Run the conformance kit on a backend: what every one must do, test by test, in a process of its own."""
     with _data() as out:
         from attnbench import api, devices, plan
-        from attnbench.registry import EntryPointRef
         from attnbench.testing import check
         from attnbench.testing.conform import FAILED
 
         api.require_timeout(timeout)
-        source = EntryPointRef.of_file(name)
-        catalogue = _discover(None, python, [source] if source else [])
+        catalogue = _discover(None, python, plan.files_of(plan.Selection(backends=name)))
         names = plan.resolve_backends(name, catalogue, "plugins check")
         kind = None if device is None else devices.choose(device).kind
         found = [info for info in catalogue.backends if info.name in names and kind in (None, info.device)]
@@ -523,6 +499,8 @@ def _plan(
 def _tell_failures(catalogue: Catalogue) -> None:
     for plugin in catalogue.failures:
         _say(f"note: plugin {plugin.source.name} of {plugin.source.distribution} failed to load: {plugin.error_line}")
+        if plugin.source.file and plugin.error != plugin.error_line:  # its author is at the keyboard
+            _say(f"{plugin.error}")
 
 
 def _tell_plan(the_plan: Plan, how: str) -> None:

@@ -398,3 +398,13 @@ def test_a_name_that_is_taken_is_refused(mine: Path) -> None:
     answer = attnbench("run", "--backends", "mine.py:Mine", cwd=mine.parent)
     assert answer.code == 4
     assert answer.problem.endswith("backend sdpa on cpu is there already")
+
+
+def test_a_file_that_raises_shows_where(mine: Path) -> None:
+    mine.write_text("import attnbench\n\nx = undefined\n")
+    answer = attnbench("run", "--backends", "mine.py:Mine", cwd=mine.parent)
+    assert answer.code == 4
+    assert 'mine.py", line 3, in <module>\n    x = undefined\n' in answer.err
+    assert answer.err.splitlines()[-1] == (
+        "error: plugin Mine of mine.py failed to load: NameError: name 'undefined' is not defined"
+    )

@@ -23,7 +23,7 @@ LAYERS = (
     ("serve", "isolation", "describe", "discovery"),
     ("turn", "runner"),
     ("report", "testing"),
-    ("api",),
+    ("api", "options"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
