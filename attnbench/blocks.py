@@ -7,13 +7,26 @@ correlated; blocks are not.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from attnbench.problem import DeviceKind, Problem
-from attnbench.result import CacheState, Check, Conditions, Measurement, Result, Statistic, Status
+from attnbench.result import (
+    CacheState,
+    Check,
+    Conditions,
+    Measurement,
+    Result,
+    Round,
+    Statistic,
+    Status,
+    paced_median,
+    round_medians,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +46,8 @@ class Lap:
     """What one backend gave in a block."""
 
     times_us: tuple[float, ...]
+    calls: tuple[int, ...]
+    """How many of the times each round gave, in the order taken; every lap of a block has the same rounds."""
     host_us: tuple[float, ...]
     """Empty where a call is over when it returns: its host time is its time."""
 
@@ -50,6 +65,12 @@ class Block:
     spent_s: float
     """Seconds that its rounds took, dropped ones included."""
 
+    def __post_init__(self) -> None:
+        if any(sum(lap.calls) != len(lap.times_us) for lap in self.laps.values()):
+            raise ValueError("the calls of a lap's rounds must be its times")
+        if len({len(lap.calls) for lap in self.laps.values()}) > 1:
+            raise ValueError("all laps of a block must have the same rounds")
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -58,13 +79,33 @@ class Block:
         """The block that `to_json` wrote. Raises ValueError, KeyError or TypeError where it is none."""
         return cls(
             laps={
-                name: Lap(times_us=tuple(lap["times_us"]), host_us=tuple(lap["host_us"]))
+                name: Lap(**{field: tuple(values) for field, values in lap.items()})
                 for name, lap in data["laps"].items()
             },
             seen=tuple(_seen(item) for item in data["seen"]),
             dropped=tuple(_seen(item) for item in data["dropped"]),
             spent_s=float(data["spent_s"]),
         )
+
+    def rounds(self, backend: str) -> tuple[Round, ...]:
+        """How many calls each round has of one backend, and the machine's pace in it."""
+        return tuple(map(Round, self.laps[backend].calls, self._paces))
+
+    def time_us(self, backend: str) -> float:
+        """The paced median of one backend."""
+        return paced_median(self.laps[backend].times_us, self.rounds(backend))
+
+    @functools.cached_property
+    def _paces(self) -> list[float]:
+        """How slow the machine was in each round: the geometric mean of all backends' medians, the middle one being 1.
+
+        Processors step between speeds within seconds, by a half and more on a shared host. Backends that took turns
+        within tenths of a second saw the same of it, but for rounds in which it stepped; a median passes those over.
+        """
+        medians = zip(*(round_medians(lap.times_us, lap.calls) for lap in self.laps.values()))
+        logs = [statistics.fmean(map(math.log, values)) for values in medians]
+        middle = statistics.median(logs)
+        return [round(math.exp(value - middle), 6) for value in logs]
 
 
 def _seen(data: Mapping[str, Any]) -> Seen:
@@ -88,6 +129,7 @@ def measurement(blocks: Sequence[Block], backend: str, how: How) -> Measurement:
     dropped = [item for block in blocks for item in block.dropped]
     return Measurement(
         blocks=tuple(lap.times_us for lap in laps),
+        rounds=tuple(block.rounds(backend) for block in blocks),
         statistic=how.statistic,
         timing_method=how.timing_method,
         cache=how.cache,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
 
 DEFAULT_WARMUP = 50
 DEFAULT_ITERS = 200
-DEFAULT_BUDGET_S = 10.0
+DEFAULT_BUDGET_S = 20.0
 
-ROUNDS = 3
+ROUNDS = 8
 """Interleaved rounds of a block."""
 WARM_UP_S = 0.02
 """A lane warms up for this long before each of its rounds: the others ran since."""
-ROUND_S = 0.2
+ROUND_S = 0.1
 """`adaptive` times a backend for this long in a round…"""
 MIN_CALLS = 2
 MAX_CALLS = 5000
@@ -46,8 +45,8 @@ TARGET_HALF_WIDTH = 0.0125
 With 5 to 18 blocks a true difference of 3% is then more than a verdict's 99% half-width and 1.28 standard errors, so it
 is called one in nine of ten runs; a little is taken off for stopping where the spread happens to look small.
 """
-HOST_CALLS, HOST_SHARE = 5, 4
-"""Eager calls whose CPU time is taken in a block, but for calls that take long no more than this part of a round's."""
+HOST_CALLS = 5
+"""Eager calls whose CPU time is taken in a block; no more than a round has, where calls take long."""
 
 
 class Lane(TypingProtocol):
@@ -139,9 +138,9 @@ def _deal(total: int, parts: int) -> list[int]:
 
 
 def _log_ratios(blocks: Sequence[Block], baseline: str | None) -> list[list[float]]:
-    """By contender the log ratios of the blocks' medians to the baseline's; of one backend alone, its log medians."""
+    """By contender the log ratios of the blocks' times to the baseline's; of one backend alone, its log times."""
     names = [name for name in blocks[0].laps if all(name in block.laps for block in blocks)]
-    logs = {name: [math.log(statistics.median(block.laps[name].times_us)) for block in blocks] for name in names}
+    logs = {name: [math.log(block.time_us(name)) for block in blocks] for name in names}
     if len(names) < 2:
         return list(logs.values())
     base = baseline if baseline in logs else names[0]
@@ -204,7 +203,8 @@ def take_block(
     order = random.Random(seed)
     calls: dict[str, list[int]] = {}
     host: dict[str, tuple[float, ...]] = {}
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[list[float]]] = {}
+    """By lane and round."""
 
     def each(names: list[str], step: Callable[[str], None]) -> None:
         for name in names:
@@ -217,8 +217,7 @@ def take_block(
 
     def warm_up(name: str) -> None:
         found = _calls(lanes[name], protocol, index)
-        host_calls = min(max(found[0] // HOST_SHARE, 1), HOST_CALLS)
-        host[name] = tuple(round(value, 4) for value in lanes[name].host_us(host_calls))
+        host[name] = tuple(round(value, 4) for value in lanes[name].host_us(min(found[0], HOST_CALLS)))
         calls[name] = found
         times[name] = []
         lanes[name].pause()
@@ -246,13 +245,18 @@ def take_block(
             continue
         kept.append(seen)
         for name in taken:
-            times[name] += taken[name]
+            times[name].append(taken[name])
         if _costly(protocol, time.monotonic() - start_s):
             break
     if not calls:
         return None
-    laps = {name: Lap(times_us=tuple(times[name]), host_us=host[name]) for name in lanes if name in calls}
+    laps = {name: _lap(times[name], host[name]) for name in lanes if name in calls}
     return Block(laps=laps, seen=tuple(kept), dropped=tuple(dropped), spent_s=round(time.monotonic() - start_s, 3))
+
+
+def _lap(rounds: Sequence[Sequence[float]], host_us: tuple[float, ...]) -> Lap:
+    flat = tuple(value for times in rounds for value in times)
+    return Lap(times_us=flat, calls=tuple(map(len, rounds)), host_us=host_us)
 
 
 def _costly(protocol: Protocol, spent_s: float) -> bool:

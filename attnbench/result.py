@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -126,15 +127,48 @@ class Conditions:
             raise ValueError("causes must be text")
 
 
+@dataclass(frozen=True)
+class Round:
+    """What one round gave of a backend's times in a block."""
+
+    calls: int
+    pace: float = 1.0
+    """How slow the machine was, next to the middle one of the block's rounds, by all backends of the problem."""
+
+    def __post_init__(self) -> None:
+        if type(self.calls) is not int or self.calls < 1:
+            raise ValueError(f"a round must have a whole number of calls, not {self.calls!r}")
+        if not (_is_number(self.pace) and self.pace > 0):
+            raise ValueError(f"a round's pace must be above 0, not {self.pace!r}")
+
+
+def round_medians(times_us: Sequence[float], calls: Sequence[int]) -> list[float]:
+    """The median of each round of a block, which has so many calls."""
+    ends = itertools.accumulate(calls)
+    return [statistics.median(times_us[end - count : end]) for end, count in zip(ends, calls)]
+
+
+def paced_median(times_us: Sequence[float], rounds: Sequence[Round]) -> float:
+    """A block's time: the median over its rounds of their medians at the block's middle pace.
+
+    The machine's pace in a round is taken from all backends, which had their turns side by side, so that what it did
+    to all of them changes no ratio; of two backends the ratio of these is the median of the rounds' ratios.
+    """
+    medians = round_medians(times_us, [item.calls for item in rounds])
+    return statistics.median(median / item.pace for median, item in zip(medians, rounds))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """Raw times of one case in µs a call, grouped in blocks, and how they were taken."""
 
     blocks: tuple[tuple[float, ...], ...]
-    """One tuple a block (a round in which every backend of the problem had its turn), in the order taken."""
+    """One tuple a block (fresh processes, freshly prepared), in the order taken, its rounds one after the other."""
+    rounds: tuple[tuple[Round, ...], ...] = ()
+    """By block how many of its calls each round has, and the machine's pace in it; none where each is one round."""
     statistic: Statistic
-    """What `time_us` is: under `fixed` the mean of all calls, under `adaptive` the geometric mean over blocks of the
-    median of each block's calls."""
+    """What `time_us` is: under `fixed` the mean of all calls, under `adaptive` the geometric mean over blocks of their
+    paced medians."""
     timing_method: str
     """host_clock or device_events."""
     cache: CacheState
@@ -148,6 +182,8 @@ class Measurement:
     def __post_init__(self) -> None:
         if not self.blocks or not all(self.blocks):
             raise ValueError("a measurement needs at least one block of at least one time")
+        if self.rounds and [sum(r.calls for r in rounds) for rounds in self.rounds] != [len(b) for b in self.blocks]:
+            raise ValueError("the calls of a block's rounds must be those of the block")
         for value in (*self.samples, self.host_us):
             if not (_is_number(value) and MIN_TIME_US <= value <= MAX_TIME_US):
                 raise ValueError(f"a time must be a finite number of µs above 0, not {value!r}")
@@ -162,9 +198,6 @@ class Measurement:
     def samples(self) -> tuple[float, ...]:
         return tuple(value for block in self.blocks for value in block)
 
-    def _statistic(self, values: Sequence[float]) -> float:
-        return statistics.fmean(values) if self.statistic == "mean" else statistics.median(values)
-
     @functools.cached_property
     def time_us(self) -> float:
         return self.mean_us if self.statistic == "mean" else self.median_us
@@ -175,12 +208,19 @@ class Measurement:
 
     @functools.cached_property
     def median_us(self) -> float:
-        """The geometric mean of the blocks' medians: the ratio of two is the mean of the blocks' log ratios."""
-        return stats.geometric_mean([statistics.median(block) for block in self.blocks])
+        """The geometric mean of the blocks' paced medians: the ratio of two is the mean of the blocks' log ratios."""
+        return stats.geometric_mean(self._paced_medians)
 
     @functools.cached_property
     def block_times_us(self) -> tuple[float, ...]:
-        return tuple(self._statistic(block) for block in self.blocks)
+        if self.statistic == "mean":
+            return tuple(statistics.fmean(block) for block in self.blocks)
+        return self._paced_medians
+
+    @functools.cached_property
+    def _paced_medians(self) -> tuple[float, ...]:
+        rounds = self.rounds or [(Round(len(block)),) for block in self.blocks]
+        return tuple(paced_median(*pair) for pair in zip(self.blocks, rounds))
 
     @functools.cached_property
     def ci95_us(self) -> tuple[float, float] | None:
@@ -203,7 +243,7 @@ def speedup(baseline: Measurement, contender: Measurement) -> stats.Ratio:
 def _first_blocks(measurement: Measurement, count: int) -> Measurement:
     if count == len(measurement.blocks):
         return measurement
-    return dataclasses.replace(measurement, blocks=measurement.blocks[:count])
+    return dataclasses.replace(measurement, blocks=measurement.blocks[:count], rounds=measurement.rounds[:count])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +303,7 @@ class Result:
             timing = dict(fields["measurement"])
             _require_types(timing, statistic=str, timing_method=str, cache=str)
             timing["blocks"] = tuple(tuple(block) for block in timing["blocks"])
+            timing["rounds"] = tuple(tuple(Round(**item) for item in block) for block in timing.get("rounds", ()))
             if timing.get("conditions") is not None:
                 timing["conditions"] = Conditions(**timing["conditions"])
             fields["measurement"] = Measurement(**timing)

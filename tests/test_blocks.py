@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 
 import pytest
 
@@ -15,14 +17,20 @@ CHECK = Check(max_abs_err=0.0, err_budget=1e-6, classic_ok=True, inputs="normal"
 BUSY = Seen(load=0.4, steal=0.02, clock_mhz=2000.0, temperature_c=60.0, causes=("other programs",))
 CALM = Seen(load=0.1, steal=0.0, clock_mhz=3000.0, temperature_c=50.0)
 BLOCKS = (
-    Block(laps={"a": Lap(times_us=(1.0, 2.0), host_us=(5.0, 7.0))}, seen=(CALM, CALM), dropped=(BUSY,), spent_s=1.0),
-    Block(laps={"a": Lap(times_us=(3.0,), host_us=(6.0,))}, seen=(CALM, BUSY), spent_s=2.5),
+    Block(
+        laps={"a": Lap(times_us=(1.0, 2.0), calls=(1, 1), host_us=(5.0, 7.0))},
+        seen=(CALM, CALM),
+        dropped=(BUSY,),
+        spent_s=1.0,
+    ),
+    Block(laps={"a": Lap(times_us=(3.0,), calls=(1,), host_us=(6.0,))}, seen=(CALM, BUSY), spent_s=2.5),
 )
 
 
 def test_a_measurement_is_of_all_blocks():
     found = measurement(BLOCKS, "a", HOW)
     assert found.blocks == ((1.0, 2.0), (3.0,))
+    assert [[item.calls for item in rounds] for rounds in found.rounds] == [[1, 1], [1]]
     assert (found.statistic, found.timing_method, found.cache) == ("median", "host_clock", "hot")
     assert found.host_us == 6.0
     assert found.clock_mhz == 3000.0
@@ -31,6 +39,63 @@ def test_a_measurement_is_of_all_blocks():
     assert (conditions.rounds, conditions.rounds_dropped, conditions.rounds_disturbed) == (4, 1, 1)
     assert conditions.causes == ("other programs",)
     assert (conditions.load, conditions.steal, conditions.temperature_c) == (0.1, 0.0, 60.0)
+
+
+def block_of(**rounds: list[list[float]]) -> Block:
+    """A block in whose rounds the backends' calls take the times given."""
+    laps = {
+        name: Lap(times_us=tuple(itertools.chain(*times)), calls=tuple(map(len, times)), host_us=())
+        for name, times in rounds.items()
+    }
+    return Block(laps=laps, seen=(CALM,), spent_s=1.0)
+
+
+def test_a_backend_alone_takes_the_median_of_its_rounds():
+    alone = block_of(a=[[9.0, 1.0, 3.0], [5.0], [4.0, 4.0]])
+    assert alone.time_us("a") == pytest.approx(4.0, rel=1e-5)
+    assert [item.pace for item in alone.rounds("a")] == pytest.approx([0.75, 1.25, 1.0], rel=1e-5)
+
+
+def test_of_two_backends_the_ratio_is_the_median_of_the_rounds_ratios():
+    """The machine stepped to half its speed in the middle of the third round: a lost that round, and no more."""
+    stepped = block_of(a=[[10.0], [10.2], [20.0], [20.0], [20.4]], b=[[5.0], [5.0], [5.0], [10.0], [10.0]])
+    ratios = [2.0, 2.04, 4.0, 2.0, 2.04]
+    assert stepped.time_us("a") / stepped.time_us("b") == pytest.approx(statistics.median(ratios), rel=1e-5)
+    pooled = 20.0 / 5.0  # of the medians of all calls
+    assert pooled != pytest.approx(2.04, rel=0.5)
+
+
+def test_what_slowed_all_backends_in_a_round_changes_no_ratio():
+    times = {"a": 3.0, "b": 5.0, "c": 11.0}
+    calm = block_of(**{name: [[time]] * 4 for name, time in times.items()})
+    paces = (1.0, 1.5, 0.6, 7.0)
+    rough = block_of(**{name: [[time * pace] for pace in paces] for name, time in times.items()})
+    for name in times:
+        assert rough.time_us(name) / rough.time_us("a") == pytest.approx(calm.time_us(name) / calm.time_us("a"))
+
+
+def test_a_measurement_has_the_blocks_times():
+    taken = [block_of(a=[[1.0, 2.0], [3.0]], b=[[4.0], [1.0]]), block_of(a=[[2.0]], b=[[6.0]])]
+    for name in "ab":
+        assert measurement(taken, name, HOW).block_times_us == tuple(block.time_us(name) for block in taken)
+
+
+@pytest.mark.parametrize(
+    ("laps", "words"),
+    [
+        ({"a": Lap(times_us=(1.0, 2.0), calls=(1,), host_us=())}, "its times"),
+        (
+            {
+                "a": Lap(times_us=(1.0, 2.0), calls=(2,), host_us=()),
+                "b": Lap(times_us=(1.0, 2.0), calls=(1, 1), host_us=()),
+            },
+            "same rounds",
+        ),
+    ],
+)
+def test_laps_that_do_not_fit_make_no_block(laps, words):
+    with pytest.raises(ValueError, match=words):
+        Block(laps=laps, seen=(), spent_s=1.0)
 
 
 def test_what_cannot_be_read_stays_open():

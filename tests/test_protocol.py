@@ -104,7 +104,7 @@ def blocks(**medians):
     assert len(counts) == 1
     return [
         Block(
-            laps={name: Lap(times_us=(times[i],), host_us=(1.0,)) for name, times in medians.items()},
+            laps={name: Lap(times_us=(times[i],), calls=(1,), host_us=(1.0,)) for name, times in medians.items()},
             seen=(Seen(),),
             spent_s=1.0,
         )
@@ -121,11 +121,12 @@ def test_fixed_times_exactly_its_iterations_in_five_blocks_each_after_its_warm_u
     for index in range(5):
         lane = Lane(times=(10.0, 20.0, 60.0))
         found = go([lane], protocol, index=index)
-        assert lane.journal[:2] == [("a", 50, False), ("a", "host", 3)]
-        assert [entry[1] for entry in lane.journal[2:]] == ["warm", 14, "warm", 13, "warm", 13]
+        assert lane.journal[:2] == [("a", 50, False), ("a", "host", 5)]
+        assert [entry[1] for entry in lane.journal[2:]] == ["warm", 5] * 8
         assert len(found.laps["a"].times_us) == 40
-        assert found.laps["a"].host_us == (7.0, 1.0, 2.0)
-        assert len(found.seen) == ROUNDS == 3
+        assert found.laps["a"].host_us == (7.0, 1.0, 2.0, 3.0, 100.0)
+        assert len(found.seen) == ROUNDS == 8
+        assert found.laps["a"].calls == (5,) * 8
 
 
 def test_the_defaults_are_50_warm_ups_and_200_iterations():
@@ -150,7 +151,7 @@ def test_fixed_deals_its_iterations_out_evenly_over_blocks_of_at_least_20(iters,
 def test_without_warm_ups_fixed_asks_for_none():
     lane = Lane()
     go([lane], Protocol(name="fixed", warmup=0, iters=20))
-    assert lane.journal[0] == ("a", "host", 1)
+    assert lane.journal[0] == ("a", "host", 3)
 
 
 def test_fixed_ends_with_its_blocks_whatever_they_say():
@@ -163,19 +164,17 @@ def test_fixed_ends_with_its_blocks_whatever_they_say():
 
 
 @pytest.mark.parametrize(
-    ("call_us", "calls"), [(1.0, MAX_CALLS), (20.0, MAX_CALLS), (100.0, 2000), (10_000.0, 20), (1e6, MIN_CALLS)]
+    ("call_us", "calls"), [(1.0, MAX_CALLS), (20.0, MAX_CALLS), (100.0, 1000), (10_000.0, 10), (1e6, MIN_CALLS)]
 )
-def test_an_adaptive_round_lasts_200_ms_within_2_and_5000_calls(call_us, calls):
+def test_an_adaptive_round_lasts_100_ms_within_2_and_5000_calls(call_us, calls):
     lane = Lane(times=(call_us,))
     found = go([lane], Protocol())
     assert [count for _, count, _ in rounds_of(lane.journal)] == [calls] * ROUNDS
     assert len(found.laps["a"].times_us) == calls * ROUNDS
 
 
-@pytest.mark.parametrize(
-    ("call_us", "calls"), [(100.0, HOST_CALLS), (20_000.0, 2), (10_000.0, 5), (40_000.0, 1), (1e6, 1)]
-)
-def test_host_time_takes_five_calls_but_of_slow_ones_no_more_than_a_quarter_of_a_round(call_us, calls):
+@pytest.mark.parametrize(("call_us", "calls"), [(100.0, HOST_CALLS), (20_000.0, 5), (30_000.0, 3), (1e6, MIN_CALLS)])
+def test_host_time_takes_five_calls_but_of_slow_ones_no_more_than_a_round(call_us, calls):
     lane = Lane(times=(call_us,))
     go([lane], Protocol())
     assert ("a", "host", calls) in lane.journal
@@ -196,7 +195,7 @@ def test_a_block_that_takes_its_share_of_the_budget_starts_no_other_round(monkey
             now[0] += 1.1
             return super().time_calls(count, cold=cold)
 
-    for budget_s, rounds in ((5.0, 1), (10.0, 2), (20.0, 3)):  # a fifth of each is a block's share
+    for budget_s, rounds in ((5.0, 1), (10.0, 2), (20.0, 4)):  # a fifth of each is a block's share
         found = go([Slow()], Protocol(budget_s=budget_s))
         assert len(found.seen) == rounds
         assert found.spent_s == pytest.approx(1.1 * rounds)
@@ -292,7 +291,7 @@ def test_lanes_take_turns_in_an_order_that_the_seed_decides(protocol):
 def test_every_lane_is_warmed_up_before_any_is_timed():
     journal = []
     go([Lane(name, journal=journal) for name in "ab"], Protocol(name="fixed", warmup=9, iters=20))
-    assert journal[:4] == [("a", 9, False), ("a", "host", 1), ("b", 9, False), ("b", "host", 1)]
+    assert journal[:4] == [("a", 9, False), ("a", "host", 3), ("b", 9, False), ("b", "host", 3)]
     assert ("a", 9, False) not in journal[4:]
 
 
@@ -319,7 +318,7 @@ def test_a_round_starts_with_an_untimed_warm_up_that_brings_caches_and_threads_b
     found = go([Lane(name, journal=journal) for name in "ab"], Protocol(name="fixed", warmup=9, iters=21))
     for before, taken in zip(journal[4::2], journal[5::2]):
         assert before == (taken[0], "warm", 0.02)
-        assert taken[1:] == (7, False)
+        assert taken[1:] in ((3, False), (2, False))
     assert len(journal[4:]) == 2 * 2 * ROUNDS
     assert len(found.laps["a"].times_us) == 21
 

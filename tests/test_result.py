@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from attnbench import stats
 from attnbench.problem import Problem
-from attnbench.result import HARMLESS, Check, Measurement, Result, Status, speedup
+from attnbench.result import HARMLESS, Check, Measurement, Result, Round, Status, speedup
 
 PROBLEM = Problem(seqlen_q=2, seqlen_k=3, dtype="fp32", causal=True, window=2, heads_q=4, heads_kv=2)
 GOOD = Check(max_abs_err=1e-4, err_budget=1e-3, classic_ok=True, inputs="normal", rows_checked=2, rows_total=2)
@@ -138,6 +138,27 @@ def test_time_us_is_the_mean_of_all_calls_or_the_geometric_mean_of_the_blocks_me
     median = dataclasses.replace(TIMES, blocks=((1.0, 2.0, 9.0), (6.0, 10.0)), statistic="median")
     assert median.time_us == median.median_us == pytest.approx(4.0)
     assert median.block_times_us == (2.0, 8.0)
+
+
+def test_a_block_is_as_long_as_its_rounds_at_the_middle_pace():
+    """2 µs at pace 1; 4 µs at half the speed, which is 2; 9 µs that nothing explains."""
+    rounds = ((Round(1), Round(2, 2.0), Round(1)),)
+    taken = dataclasses.replace(TIMES, blocks=((2.0, 3.0, 5.0, 9.0),), rounds=rounds, statistic="median")
+    assert taken.block_times_us == (2.0,)
+    assert taken.time_us == taken.median_us == 2.0
+    assert dataclasses.replace(taken, statistic="mean").block_times_us == (4.75,)
+
+
+@pytest.mark.parametrize("rounds", [((Round(1), Round(2)),), ((Round(4),), (Round(1),))])
+def test_rounds_that_are_not_those_of_the_blocks_are_refused(rounds):
+    with pytest.raises(ValueError, match="those of the block"):
+        dataclasses.replace(TIMES, blocks=((2.0, 3.0, 5.0, 9.0),), rounds=rounds)
+
+
+@pytest.mark.parametrize("fields", [(0,), (1.0,), (True,), (1, 0.0), (1, -1.0), (1, math.nan), (1, math.inf), (1, "1")])
+def test_a_round_that_cannot_be_is_refused(fields):
+    with pytest.raises(ValueError, match="a round"):
+        Round(*fields)
 
 
 times = st.floats(1e-3, 1e6)

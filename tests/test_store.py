@@ -488,7 +488,7 @@ def progress(index: int, blocks: int, *backends: str) -> Progress:
         verdicts={name: Verdict(check=CHECK, used_cores=3) for name in backends},
         blocks=[
             Block(
-                laps={name: Lap(times_us=(10.0 * (n + 1),), host_us=(5.0,)) for name in backends},
+                laps={name: Lap(times_us=(10.0 * (n + 1),), calls=(1,), host_us=(5.0,)) for name in backends},
                 seen=(Seen(),),
                 spent_s=1.0,
             )
