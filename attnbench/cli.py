@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from attnbench.console import Progress, complain, data_stream, say, write, write_json, write_table
 from attnbench.errors import AttnbenchError, ExitCode
 from attnbench.options import (
     AsJson,
@@ -35,13 +33,13 @@ from attnbench.options import (
     Timeout,
     Verbose,
 )
-from attnbench.text import one_line, printable
 
 if TYPE_CHECKING:
+    from attnbench.api import Outcome, Settings
+    from attnbench.ledger import Ledger
     from attnbench.plan import Plan, Selection
-    from attnbench.problem import Problem, Suite
+    from attnbench.problem import Suite
     from attnbench.registry import Catalogue, EntryPointRef
-    from attnbench.result import Result
 
 # No rich markup: help stays fast, and no text from outside is taken for markup.
 app = typer.Typer(name="attnbench", rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -53,6 +51,8 @@ app.add_typer(plugins_app, name="plugins")
 DEFAULT_FORMAT = "github"
 NO_PATH = ""
 """What no path is."""
+WATCH_EVERY_S = 0.3
+"""How often --watch looks at the sources."""
 BUSY_SHARE = 0.1
 """With one of two cores taken, OpenMP's barriers made a 40 µs call take 8 ms."""
 
@@ -86,7 +86,7 @@ def list_backends(
     as_json: AsJson = False,
 ) -> None:
     """List backends: on which device, and whether this machine can run them or why not."""
-    with _data() as out:
+    with data_stream() as out:
         catalogue = _discover(no_plugin, python)
         kind = None
         if device is not None:
@@ -96,7 +96,7 @@ def list_backends(
         found = [b for b in catalogue.backends if kind in (None, b.device)]
         if as_json:
             fields = ("name", "device", "available", "reason", "summary")
-            _print_json(
+            write_json(
                 out,
                 [
                     {f: getattr(b, f) for f in fields}
@@ -115,19 +115,27 @@ def list_backends(
                 ]
                 for b in found
             ]
-            _print_table(out, ("backend", "device", "available", "from", "summary, or why not"), rows)
+            write_table(out, ("backend", "device", "available", "from", "summary, or why not"), rows)
         _tell_failures(catalogue)
 
 
 @plugins_app.callback(invoke_without_command=True)
-def plugins(context: typer.Context, no_plugin: NoPlugin = None, python: Python = None, as_json: AsJson = False) -> None:
+def plugins(
+    context: typer.Context,
+    no_plugin: NoPlugin = None,
+    python: Python = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Also tell what was called of each, and what it gave.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """List plugins: where they come from, what they bring, and why one failed to load. `check` tries one."""
     if context.invoked_subcommand is not None:
         return
-    with _data() as out:
+    with data_stream() as out:
         catalogue = _discover(no_plugin, python)
         if as_json:
-            _print_json(
+            write_json(
                 out,
                 [
                     {
@@ -148,13 +156,18 @@ def plugins(context: typer.Context, no_plugin: NoPlugin = None, python: Python =
                 p.source.version,
                 ", ".join(p.backends),
                 ", ".join(p.suites),
+                f"{p.load_s:.2f}",
                 p.error_line or _loaded_by(p.source.python),
             ]
             for p in catalogue.plugins
         ]
-        _print_table(out, ("entry point", "distribution", "version", "backends", "suites", "state"), rows)
+        write_table(out, ("entry point", "distribution", "version", "backends", "suites", "load s", "state"), rows)
+        for plugin in catalogue.plugins if trace else ():
+            say(f"\n{plugin.source.name}")
+            for call in plugin.calls:
+                say(f"  {call}")
         for plugin in catalogue.failures:
-            _say(f"\n{plugin.source.name} of {plugin.source.distribution} {plugin.source.version}:\n{plugin.error}")
+            say(f"\n{plugin.source.name} of {plugin.source.distribution} {plugin.source.version}:\n{plugin.error}")
 
 
 @plugins_app.command("check")
@@ -166,7 +179,7 @@ def plugins_check(
     as_json: AsJson = False,
 ) -> None:
     """Run the conformance kit on a backend: what every one must do, test by test, in a process of its own."""
-    with _data() as out:
+    with data_stream() as out:
         from attnbench import api, devices, plan
         from attnbench.testing import check
         from attnbench.testing.conform import FAILED
@@ -183,16 +196,35 @@ def plugins_check(
         outcomes = {info.device: list(check.check(info, timeout)) for info in usable}
         if as_json:
             rows = [{"device": kind} | dataclasses.asdict(one) for kind, all_ in outcomes.items() for one in all_]
-            _print_json(out, rows)
+            write_json(out, rows)
         else:
             for kind, all_ in outcomes.items():
-                _say(f"{', '.join(names)} on {kind}")
-                _print_table(out, ("test", "outcome", "why"), check.table(all_))
+                say(f"{', '.join(names)} on {kind}")
+                write_table(out, ("test", "outcome", "why"), check.table(all_))
         failed = [one for all_ in outcomes.values() for one in all_ if one.outcome == FAILED]
         for trace in dict.fromkeys(one.trace for one in failed if one.trace):
-            _say(f"\n{trace}")
+            say(f"\n{trace}")
         if failed:
             _end(ExitCode.FAILED)
+
+
+@app.command("new-plugin")
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="What to call it: my-flash.", metavar="NAME")],
+    kind: Annotated[
+        str, typer.Option("--kind", help="What it is written in: torch, triton, cuda, cpp or pto.", metavar="KIND")
+    ] = "torch",
+) -> None:
+    """Write a package that brings one backend, into a new folder here: it installs, runs and passes its tests."""
+    with data_stream():
+        from attnbench import scaffold
+        from attnbench.plan import choice
+
+        choice(kind, scaffold.KINDS, "kind")
+        written = scaffold.create(name, kind, Path())
+        for path in written:
+            say(f"  {path}")
+        say(f"next: pip install -e './{name}[test]', then attnbench list; {name}/README.md says more")
 
 
 @app.command()
@@ -217,7 +249,7 @@ def check(
     verbose: Verbose = False,
 ) -> None:
     """Check correctness alone, also on outliers and large logits. Nothing is timed or written."""
-    with _data() as out:
+    with data_stream() as out:
         selection = _selection(locals())
         from attnbench import api
 
@@ -226,12 +258,12 @@ def check(
         _tell_plan(the_plan, "correctness alone")
         from attnbench.report.tables import check_table
 
-        with _Progress(verbose) as observer:
+        with Progress(verbose) as observer:
             results = api.check(the_plan, observer, seed=seed or 0, timeout_s=timeout, isolate=not no_isolate)
         if as_json:
-            _print_json(out, [result.to_json() for result in results])
+            write_json(out, [result.to_json() for result in results])
         else:
-            _print(out, check_table(results, DEFAULT_FORMAT))
+            write(out, check_table(results, DEFAULT_FORMAT))
         _end(api.exit_code(results))
 
 
@@ -264,7 +296,7 @@ def run(
     ] = None,
     timeout: Timeout = None,
     budget: Annotated[
-        float | None, typer.Option(help="Seconds of timing for a problem, under adaptive. [default: 10]")
+        float | None, typer.Option(help="Seconds of timing for a problem, under adaptive. [default: 20]")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run directory, new or empty. [default: reports/<time>-<device>-<suite>]")
@@ -276,6 +308,9 @@ def run(
             metavar="RUN",
         ),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Run again when a plugin's or kernel's source changes, until Ctrl-C.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and exit.")] = False,
     seed: Seed = None,
     no_plugin: NoPlugin = None,
@@ -289,12 +324,18 @@ def run(
     Shape options build a cross product and exclude --suite; what is not given is batch 1, one head, head size 128 and
     pto's lengths. --dtype and --causal go with both.
     """
-    with _data() as stream:
+    with data_stream() as stream:
         from attnbench import api, ledger
         from attnbench.ledger import Ledger
         from attnbench.protocol import make_protocol
 
         books = Ledger()
+        if watch and (out or resume is not None or dry_run or as_json or no_isolate):
+            raise AttnbenchError(
+                "--watch makes one run after another, and goes with none of --out, --resume, --dry-run, --json, "
+                "--no-isolate",
+                "leave that option out",
+            )
         how = make_protocol(protocol, warmup, iters, cache or "hot", budget)
         selection, suite_before, going_on = _selection(locals()), None, None
         if resume is not None:
@@ -309,45 +350,15 @@ def run(
                 suite_before = earlier.suite
             selection = selection.over(earlier.selection)
         timeout = _timeout(timeout)
+        settings = api.Settings(protocol=how, seed=seed or 0, timeout_s=timeout, isolate=not no_isolate)
+        if watch:
+            _watch(stream, selection, no_plugin, python, settings, verbose)
         with books.spend(ledger.START):
             catalogue, the_plan = _plan(selection, no_plugin, python, suite_before)
         if dry_run:
             _print_plan(stream, the_plan, as_json)
             return
-        _tell_plan(the_plan, f"protocol {how.name}, {how.cache} cache")
-        from attnbench import environment, store
-        from attnbench.report.tables import Tables, json_text
-
-        for limitation in environment.limitations():
-            _say(f"note: {limitation}")
-        busy = environment.busy_share()
-        if busy is not None and busy > BUSY_SHARE:
-            _say(f"note: other programs keep the processor {busy:.0%} busy: times will be wrong; close them")
-
-        with _Progress(verbose) as observer:
-            outcome = api.execute(
-                the_plan,
-                api.Settings(protocol=how, seed=seed or 0, timeout_s=timeout, isolate=not no_isolate),
-                catalogue,
-                observer,
-                command=environment.command(),
-                out=out,
-                resume=going_on,
-                books=books,
-            )
-        if verbose:
-            _say(f"{outcome.books}")
-        _say(f"the run is in {outcome.path}")
-        if outcome.results:
-            tables = Tables(store.load(outcome.path))
-            _print(stream, json_text(tables.record.rows) if as_json else tables.render(DEFAULT_FORMAT))
-        elif as_json:
-            _print(stream, "[]")
-        if outcome.interrupted:
-            what = "what was finished is kept and shown" if outcome.results else "nothing was finished"
-            _complain(AttnbenchError(f"interrupted: {what}", f"attnbench run --resume {outcome.path} goes on"))
-        elif outcome.exit_code is ExitCode.NOTHING_PASSED:
-            _complain(AttnbenchError("nothing passed, so there is no time to show", "the details say why"))
+        outcome = _execute(stream, the_plan, settings, catalogue, books, verbose, as_json, out, going_on)
         _end(outcome.exit_code)
 
 
@@ -364,7 +375,7 @@ def report(
 
     Those are sq,sk,head_size,kernel,time_us,tflops,flops_total.
     """
-    with _data() as out:
+    with data_stream() as out:
         from attnbench import store
         from attnbench.plan import choice
         from attnbench.report.tables import Tables
@@ -374,32 +385,32 @@ def report(
         record = store.load(Path(source), device_name)
         tables = Tables(record, baseline)
         for warning in record.warnings:
-            _say(f"note: {warning}")
-        _print(out, tables.render(format))
+            say(f"note: {warning}")
+        write(out, tables.render(format))
 
 
 @app.command()
 def env(no_plugin: NoPlugin = None, python: Python = None, as_json: AsJson = False) -> None:
     """Show the hardware and software that a run would record."""
-    with _data() as out:
+    with data_stream() as out:
         from attnbench import environment
 
         facts = environment.fingerprint(_discover(no_plugin, python))
         if as_json:
-            _print_json(out, facts)
+            write_json(out, facts)
             return
         rows = []
         for name, value in facts.items():
             nested = value if isinstance(value, dict) else None
             shown = ", ".join(f"{k} {v}" for k, v in nested.items()) if nested is not None else value
             rows.append([name, "none" if shown in (None, "") else str(shown)])
-        _print_table(out, ("what", "value"), rows)
+        write_table(out, ("what", "value"), rows)
 
 
 @cache_app.command("show")
 def cache_show() -> None:
     """Show where compiled kernels are kept, and which."""
-    with _data() as out:
+    with data_stream() as out:
         from attnbench import settings
         from attnbench.jit import cache
 
@@ -408,8 +419,8 @@ def cache_show() -> None:
             [e.key[:12], e.source, f"{e.size_bytes / 1024:.0f}", f"{e.created:%Y-%m-%d %H:%M:%S} UTC", e.compiler]
             for e in kept.entries()
         ]
-        _print_table(out, ("key", "source", "KiB", "built", "compiler"), rows)
-        _say(
+        write_table(out, ("key", "source", "KiB", "built", "compiler"), rows)
+        say(
             f"{kept.root}: {len(rows)} entries, {kept.size_bytes / 1024:.0f} KiB "
             f"of {settings.cache_limit_bytes() / 1024:.0f}"
         )
@@ -418,12 +429,12 @@ def cache_show() -> None:
 @cache_app.command("clear")
 def cache_clear() -> None:
     """Delete all compiled kernels but those being built right now."""
-    with _data():
+    with data_stream():
         from attnbench.jit import cache
 
         kept = cache.default()
         freed = kept.clear()
-        _say(f"{kept.root}: freed {freed / 1024:.0f} KiB")
+        say(f"{kept.root}: freed {freed / 1024:.0f} KiB")
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -496,19 +507,111 @@ def _plan(
     return catalogue, plan.make(selection, catalogue, suite)
 
 
+def _execute(
+    stream: TextIO,
+    the_plan: Plan,
+    settings: Settings,
+    catalogue: Catalogue,
+    books: Ledger,
+    verbose: bool,
+    as_json: bool = False,
+    out: Path | None = None,
+    resume: Path | None = None,
+) -> Outcome:
+    """Make a run, tell how it goes, and print its tables."""
+    from attnbench import api, environment, store
+    from attnbench.report.tables import Tables, json_text
+
+    how = settings.protocol
+    _tell_plan(the_plan, f"protocol {how.name}, {how.cache} cache")
+    for limitation in environment.limitations():
+        say(f"note: {limitation}")
+    busy = environment.busy_share()
+    if busy is not None and busy > BUSY_SHARE:
+        say(f"note: other programs keep the processor {busy:.0%} busy: times will be wrong; close them")
+    with Progress(verbose) as observer:
+        outcome = api.execute(
+            the_plan,
+            settings,
+            catalogue,
+            observer,
+            command=environment.command(),
+            out=out,
+            resume=resume,
+            books=books,
+        )
+    if verbose:
+        say(f"{outcome.books}")
+    say(f"the run is in {outcome.path}")
+    if outcome.results:
+        tables = Tables(store.load(outcome.path))
+        write(stream, json_text(tables.record.rows) if as_json else tables.render(DEFAULT_FORMAT))
+    elif as_json:
+        write(stream, "[]")
+    if outcome.interrupted:
+        what = "what was finished is kept and shown" if outcome.results else "nothing was finished"
+        complain(AttnbenchError(f"interrupted: {what}", f"attnbench run --resume {outcome.path} goes on"))
+    elif outcome.exit_code is ExitCode.NOTHING_PASSED:
+        complain(AttnbenchError("nothing passed, so there is no time to show", "the details say why"))
+    return outcome
+
+
+def _watch(
+    stream: TextIO,
+    selection: Selection,
+    no_plugin: Sequence[str] | None,
+    python: Sequence[str] | None,
+    settings: Settings,
+    verbose: bool,
+) -> NoReturn:
+    """Make one run after another, each when a source of the plan's backends changed, until an interrupt."""
+    from attnbench import plan, sources, store
+    from attnbench.ledger import Ledger
+    from attnbench.report.difference import difference
+    from attnbench.report.tables import Tables
+
+    places = tuple(source.file for source in plan.files_of(selection))
+    before: Tables | None = None
+    while True:
+        seen = sources.snapshot(places)
+        try:
+            catalogue, the_plan = _plan(selection, no_plugin, python)
+            brought_by = {entry.backend.source for entry in the_plan.entries if entry.backend is not None}
+            known = places
+            places = tuple(place for p in catalogue.plugins if p.source in brought_by for place in p.sources)
+            if places != known:
+                seen = sources.snapshot(places)
+            outcome = _execute(stream, the_plan, settings, catalogue, Ledger(), verbose)
+        except AttnbenchError as error:
+            if not places:  # there is nothing to wait for
+                raise
+            complain(error)
+        else:
+            if outcome.interrupted:
+                _end(outcome.exit_code)
+            if outcome.results:
+                now = Tables(store.load(outcome.path))
+                if before is not None:
+                    write(stream, f"\n{difference(before, now)}")
+                before = now
+        say(f"\nwatching {len(seen)} files; Ctrl-C ends it")
+        changed = sources.wait_for_change(places, seen, WATCH_EVERY_S)
+        say(f"changed: {', '.join(path.name for path in changed)}\n")
+
+
 def _tell_failures(catalogue: Catalogue) -> None:
     for plugin in catalogue.failures:
-        _say(f"note: plugin {plugin.source.name} of {plugin.source.distribution} failed to load: {plugin.error_line}")
+        say(f"note: plugin {plugin.source.name} of {plugin.source.distribution} failed to load: {plugin.error_line}")
         if plugin.source.file and plugin.error != plugin.error_line:  # its author is at the keyboard
-            _say(f"{plugin.error}")
+            say(f"{plugin.error}")
 
 
 def _tell_plan(the_plan: Plan, how: str) -> None:
     dtypes = ", ".join(dict.fromkeys(problem.dtype for problem in the_plan.suite))
     names = ", ".join(entry.name for entry in the_plan.entries)
     cores = f", {the_plan.info.cores} cores" if the_plan.info.cores else ""
-    _say(f"{the_plan.info.kind}: {the_plan.info.name}{cores}")
-    _say(f"suite {the_plan.suite.name}: {len(the_plan.suite)} problems, {dtypes}; {how}; {names}")
+    say(f"{the_plan.info.kind}: {the_plan.info.name}{cores}")
+    say(f"suite {the_plan.suite.name}: {len(the_plan.suite)} problems, {dtypes}; {how}; {names}")
 
 
 def _print_plan(out: TextIO, the_plan: Plan, as_json: bool) -> None:
@@ -519,149 +622,10 @@ def _print_plan(out: TextIO, the_plan: Plan, as_json: bool) -> None:
     ]
     if as_json:
         names = ("case_id", "kernel", "status", "reason")
-        _print_json(out, [dict(zip(names, (*case, status, reason or None))) for *case, status, reason in rows])
+        write_json(out, [dict(zip(names, (*case, status, reason or None))) for *case, status, reason in rows])
         return
     shown = [[case, kernel, status or "to run", reason] for case, kernel, status, reason in rows]
-    _print_table(out, ("case", "kernel", "state", "reason"), shown)
-
-
-class _Stderr:
-    """A stream like stderr whose writes never fail: where nobody reads it any more, what is told goes nowhere."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, words: str) -> int:
-        try:
-            self._stream.write(words)
-            self._stream.flush()
-        except OSError:
-            _to_nowhere(2)
-        return len(words)
-
-    def flush(self) -> None:
-        self.write("")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _to_nowhere(descriptor: int) -> None:
-    """Point a descriptor that refuses data at /dev/null, so that what is buffered for it fails nobody later."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
-
-
-class _Progress:
-    """Tells on stderr how far a run is: a line a problem, and on a terminal a bar that moves between problems only."""
-
-    def __init__(self, verbose: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        self._verbose = verbose
-        # rich takes a reader that left for a reason to end the process.
-        self._console = Console(file=cast(TextIO, _Stderr(sys.stderr)), highlight=False)
-        # No refresh thread: it would draw, and take a core, while a backend is timed.
-        self._bar = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=self._console,
-            auto_refresh=False,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=None)
-        self._prefix = ""
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def started(self, problem: Problem, index: int, total: int, block: int) -> None:
-        self._prefix = f"[{index + 1:>{len(str(total))}}/{total}]"
-        if block and not index and not self._console.is_terminal:
-            self._line(f"block {block + 1}: {total} problem{'s' if total > 1 else ''}")
-        self._bar.update(self._task, total=total, completed=index, description=f"block {block + 1}, {problem.case_id}")
-        self._bar.refresh()
-
-    def ended(self, results: Sequence[Result]) -> None:
-        cases = [
-            f"{r.backend} {r.measurement.time_us:.1f} µs" if r.measurement else f"{r.backend} {r.status}"
-            for r in results
-        ]
-        self._line(f"{self._prefix} {results[0].problem.case_id}: {', '.join(cases)}")
-        for result in results:
-            if result.reason and (self._verbose or result.status not in _QUIET):
-                self._line(f"      {result.backend}: {result.reason}")
-
-    def _line(self, words: str) -> None:
-        from rich.text import Text as RichText
-
-        # Only where it must: one_line also takes an indent away.
-        self._console.print(RichText(one_line(words) if "\n" in words else printable(words)), soft_wrap=True)
-
-
-_QUIET = frozenset({"PASSED", "UNSUPPORTED", "UNAVAILABLE", "SKIPPED"})
-
-
-@contextlib.contextmanager
-def _data() -> Iterator[TextIO]:
-    """The stream for data: what was stdout. Everything else that writes to stdout meanwhile, plugins and compilers
-    too, lands on stderr, so that what is piped on is data alone."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    os.dup2(2, 1)
-    out = os.fdopen(os.dup(saved), "w", encoding=sys.stdout.encoding, errors="replace")
-    try:
-        yield out
-    except KeyboardInterrupt as interrupt:  # typer would end the process without a word
-        raise AttnbenchError("interrupted", exit_code=ExitCode.INTERRUPTED) from interrupt
-    finally:
-        with contextlib.suppress(OSError):  # `_print` told already
-            out.close()
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _to_nowhere(1)
-            sys.stdout.flush()
-        os.dup2(saved, 1)
-        os.close(saved)
-
-
-def _print(out: TextIO, words: str) -> None:
-    try:
-        out.write(words if words.endswith("\n") else f"{words}\n")
-        out.flush()
-    except BrokenPipeError:  # the reader of our output left; what it read was fine
-        pass
-    except OSError as error:
-        raise AttnbenchError(f"cannot write to stdout: {error.strerror or error}") from error
-
-
-def _print_json(out: TextIO, data: object) -> None:
-    _print(out, json.dumps(data, indent=2))
-
-
-def _print_table(out: TextIO, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from attnbench.report.text import table
-
-    _print(out, table(headers, rows, "simple", left=headers))
-
-
-def _say(words: str) -> None:
-    _Stderr(sys.stderr).write(f"{printable(words)}\n")
-
-
-def _complain(error: AttnbenchError) -> None:
-    _say(f"error: {one_line(error.message)}")
-    if error.hint:
-        _say(f"hint: {error.hint}")
+    write_table(out, ("case", "kernel", "state", "reason"), shown)
 
 
 def _end(code: ExitCode) -> None:
@@ -683,14 +647,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = app(words, prog_name="attnbench", standalone_mode=False)
     except AttnbenchError as error:
-        _complain(error)
+        complain(error)
         code = int(error.exit_code)
     except Exception as error:
         # typer's own usage errors have no public type that all its versions share, but they all speak like this.
         if not hasattr(error, "format_message"):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "attnbench")
-        _complain(AttnbenchError(str(error.format_message()), f"{command} --help shows the options"))
+        complain(AttnbenchError(str(error.format_message()), f"{command} --help shows the options"))
         code = int(ExitCode.USAGE)
     sys.exit(code or 0)
 

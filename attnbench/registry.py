@@ -6,12 +6,14 @@ plain data (Catalogue).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
 import os
 import re
+import reprlib
 import sys
 import time
 import traceback
@@ -29,6 +31,8 @@ from attnbench.text import without_home
 
 MACHINERY = frozenset({"attnbench", "importlib", "pluggy"})
 """Packages whose frames come before a plugin's own in a traceback, and say nothing about it."""
+LATER_GROUP = re.compile(re.escape(hookspecs.ENTRY_POINT_GROUP) + r"\W?\w.*")
+"""Groups of contracts that are not there yet, as attnbench.backends.v2."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class EntryPointRef:
     value: str
     python: str = ""
     """The interpreter whose environment it is installed in; empty for the one that runs attnbench."""
+    group: str = hookspecs.ENTRY_POINT_GROUP
 
     @classmethod
     def of_file(cls, word: str) -> EntryPointRef | None:
@@ -93,6 +98,8 @@ class PluginInfo:
     """The failure's traceback, from the plugin's first line on, and its message; None where it loaded."""
     sources: tuple[str, ...] = ()
     """Absolute paths of the files and folders that its code lies in."""
+    calls: tuple[str, ...] = ()
+    """What attnbench called of it to learn this, and what that gave, in the order called."""
 
     @property
     def error_line(self) -> str:
@@ -126,12 +133,13 @@ class Description:
     load_s: float = 0.0
     error: str | None = None
     sources: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
 
     @property
     def plugin(self) -> PluginInfo:
         names = tuple(dict.fromkeys(info.name for info in self.backends))
         suites = tuple(suite.name for suite in self.suites)
-        return PluginInfo(self.source, names, suites, self.load_s, self.error, self.sources)
+        return PluginInfo(self.source, names, suites, self.load_s, self.error, self.sources, self.calls)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types, without the source, which whoever asked knows."""
@@ -142,12 +150,13 @@ class Description:
             "load_s": self.load_s,
             "error": self.error,
             "sources": list(self.sources),
+            "calls": list(self.calls),
         }
 
     @classmethod
     def from_json(cls, data: object, source: EntryPointRef) -> Description:
         """What `to_json` wrote. Raises ValueError where it is anything else."""
-        facts = _table(data, {"backends", "suites", "load_s", "error", "sources"})
+        facts = _table(data, {"backends", "suites", "load_s", "error", "sources", "calls"})
         backends = tuple(_backend(item, source) for item in _list(facts["backends"]))
         suites = tuple(map(Suite.from_json, _list(facts["suites"])))
         load_s, error = facts["load_s"], facts["error"]
@@ -155,7 +164,8 @@ class Description:
             raise ValueError(f"{load_s!r} is no time")
         if error is not None and (not _text(error).strip() or backends or suites):
             raise ValueError("what failed has a message and brings nothing")
-        return cls(source, backends, suites, float(load_s), error, tuple(map(_text, _list(facts["sources"]))))
+        sources, calls = (tuple(map(_text, _list(facts[name]))) for name in ("sources", "calls"))
+        return cls(source, backends, suites, float(load_s), error, sources, calls)
 
 
 def _backend(data: object, source: EntryPointRef) -> BackendInfo:
@@ -193,12 +203,15 @@ class PluginError(Exception):
 
 
 def entry_points() -> list[EntryPointRef]:
-    """What group `attnbench.backends` holds in this process's environment, each once."""
+    """What group `attnbench.backends`, and any later one, holds in this process's environment, each once."""
     found = set()
-    for entry in importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
-        distribution = entry.dist
-        name, version = (distribution.name, distribution.version) if distribution else ("unknown", "")
-        found.add(EntryPointRef(name, version, entry.name, entry.value))
+    for group in importlib.metadata.entry_points().groups:
+        if group != hookspecs.ENTRY_POINT_GROUP and not LATER_GROUP.fullmatch(group):
+            continue
+        for entry in importlib.metadata.entry_points(group=group):
+            distribution = entry.dist
+            name, version = (distribution.name, distribution.version) if distribution else ("unknown", "")
+            found.add(EntryPointRef(name, version, entry.name, entry.value, group=group))
     return sorted(found, key=lambda ref: (ref.distribution, ref.name, ref.value, ref.version))
 
 
@@ -208,18 +221,19 @@ def describe(source: EntryPointRef) -> Description:
     A plugin that fails to import, exits, misspells a hook, or brings something that is no backend brings nothing but
     its error. One that ends the process ends it.
     """
-    start = time.perf_counter()
+    start, calls = time.perf_counter(), _Calls()
     try:
-        loaded = _load_plugin(source)
-        backends = tuple(_describe(backend, source) for backend in loaded.backends)
+        loaded = _load_plugin(source, calls)
+        backends = tuple(_describe(backend, source, calls) for backend in loaded.backends)
     except BaseException as error:  # a plugin may raise anything, and may try to end the process
-        return Description(source, load_s=time.perf_counter() - start, error=_trace(error))
-    return Description(source, backends, loaded.suites, time.perf_counter() - start, sources=loaded.sources)
+        return Description(source, load_s=time.perf_counter() - start, error=_trace(error), calls=calls.told)
+    load_s = time.perf_counter() - start
+    return Description(source, backends, loaded.suites, load_s, sources=loaded.sources, calls=calls.told)
 
 
 def load(info: BackendInfo) -> Backend:
     """The backend itself, of the plugin that it was found in. Raises what the plugin raises, and PluginError."""
-    for backend in _load_plugin(info.source).backends:
+    for backend in _loaded_once(info.source).backends:
         if (backend.name, backend.device) == (info.name, info.device):
             return backend
     raise PluginError(f"{info.source.value} brings no {info.name} on {info.device} any more")
@@ -232,15 +246,60 @@ class _Loaded:
     sources: tuple[str, ...]
 
 
+class _Calls:
+    """What was called of a plugin, in words."""
+
+    def __init__(self) -> None:
+        self._told: list[str] = []
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        return tuple(self._told)
+
+    @contextlib.contextmanager
+    def one(self, what: str) -> Iterator[list[object]]:
+        """Tell of a call that is made meanwhile; what it gave is put into the list."""
+        start_s, gave = time.perf_counter(), list[object]()
+        try:
+            yield gave
+        except BaseException as error:
+            self._tell(what, f"raised {type(error).__name__}", start_s)
+            raise
+        self._tell(what, ", ".join(map(_shown, gave)), start_s)
+
+    def _tell(self, what: str, how: str, start_s: float) -> None:
+        self._told.append(f"{what}{' → ' if how else ''}{how} ({(time.perf_counter() - start_s) * 1e3:.1f} ms)")
+
+
+def _shown(value: object) -> str:
+    """A value in short, whatever its repr does."""
+    try:
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(_shown, value))}]"
+        name = getattr(value, "name", None)
+        if isinstance(name, str):
+            return " on ".join([name, *([value.device] if isinstance(getattr(value, "device", None), str) else [])])
+        return reprlib.repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
 @functools.cache
-def _load_plugin(source: EntryPointRef) -> _Loaded:
+def _loaded_once(source: EntryPointRef) -> _Loaded:
+    return _load_plugin(source, _Calls())
+
+
+def _load_plugin(source: EntryPointRef, calls: _Calls) -> _Loaded:
     """What an entry point's hooks, or a file's name, bring. A failure leaves nothing behind half-registered."""
+    if source.group != hookspecs.ENTRY_POINT_GROUP:
+        raise PluginError(f"it is for {source.group}, which this attnbench does not know: pip install -U attnbench")
     backends: tuple[Any, ...]
     suites: tuple[Any, ...] = ()
     if source.file:
-        backends, places = (_from_file(source),), [source.file]
+        with calls.one(f"run {os.path.basename(source.file)}"):
+            backends, places = (_from_file(source),), [source.file]
     else:
-        backends, suites = _from_hooks(source)
+        backends, suites = _from_hooks(source, calls)
         module = sys.modules[source.value.partition(":")[0].strip()]
         places = list(getattr(module, "__path__", ())) or [module.__file__ or ""]
     for backend in backends:
@@ -279,17 +338,28 @@ def _may_be_backend(value: object) -> bool:
     return value is not Backend and callable(getattr(value, "prepare", None))
 
 
-def _from_hooks(source: EntryPointRef) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _from_hooks(source: EntryPointRef, calls: _Calls) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Import one entry point and call its hooks, in a plugin manager of its own."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     entry = importlib.metadata.EntryPoint(source.name, source.value, hookspecs.ENTRY_POINT_GROUP)
-    plugin = entry.load()
+    with calls.one(f"import {source.value}"):
+        plugin = entry.load()
     manager.register(plugin, name=source.name)
     manager.check_pending()
     if not manager.get_hookcallers(plugin):
         raise PluginError(f"{source.value} implements no hook: is one marked with @attnbench.hookimpl?")
-    return tuple(_collect(manager.hook.attnbench_backends())), tuple(_collect(manager.hook.attnbench_suites()))
+    return tuple(_ask(manager, "attnbench_backends", calls)), tuple(_ask(manager, "attnbench_suites", calls))
+
+
+def _ask(manager: pluggy.PluginManager, hook: str, calls: _Calls) -> list[Any]:
+    caller = getattr(manager.hook, hook)
+    if not caller.get_hookimpls():
+        return []
+    with calls.one(f"{hook}()") as gave:
+        found = list(_collect(caller()))
+        gave.append(found)
+    return found
 
 
 def _collect(hook_results: list[Any]) -> Iterator[Any]:
@@ -299,8 +369,10 @@ def _collect(hook_results: list[Any]) -> Iterator[Any]:
         yield from items
 
 
-def _describe(backend: Backend, source: EntryPointRef) -> BackendInfo:
-    reason = backend.unavailable()
+def _describe(backend: Backend, source: EntryPointRef, calls: _Calls) -> BackendInfo:
+    with calls.one(f"{backend.name} on {backend.device}: unavailable()") as gave:
+        reason = backend.unavailable()
+        gave.append(reason)
     if reason is not None and not (isinstance(reason, str) and reason):
         raise PluginError(f"{backend.name}.unavailable() returned {reason!r}, neither a reason nor None")
     summary, homepage = getattr(backend, "summary", ""), getattr(backend, "homepage", "")

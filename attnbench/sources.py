@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 DIGEST_LENGTH = 16
@@ -33,6 +35,26 @@ def digest(places: Iterable[str]) -> str:
             name = os.fsencode(path.relative_to(root).as_posix())
             found.update(b"%d:%s%d:%s" % (len(name), name, len(content), content))
     return "" if empty else found.hexdigest()[:DIGEST_LENGTH]
+
+
+def snapshot(places: Iterable[str]) -> dict[Path, tuple[int, ...]]:
+    """What tells whether a file at or below `places` was written, without reading it."""
+    found = {}
+    for path in files(places):
+        with contextlib.suppress(OSError):  # gone since
+            facts = path.stat()
+            found[path] = (facts.st_mtime_ns, facts.st_size, facts.st_ino)
+    return found
+
+
+def wait_for_change(places: Collection[str], before: Mapping[Path, tuple[int, ...]], every_s: float) -> list[Path]:
+    """Wait until files differ from the snapshot `before`, and for a while no more; gives those that do."""
+    now = snapshot(places)
+    while True:
+        time.sleep(every_s)
+        last, now = now, snapshot(places)
+        if now == last != before:  # an editor or a checkout may write several, one after the other
+            return sorted(path for path in now.keys() | before.keys() if now.get(path) != before.get(path))
 
 
 def _below(place: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Answer, PluginFolder
+from helpers import Answer, BareVenv, PluginFolder
 
 OUTSIDE_SETTINGS = ("ATTNBENCH_PLUGINS", "ATTNBENCH_CXX", "CXX", "NO_COLOR", "FORCE_COLOR", "COLUMNS")
 
@@ -85,6 +85,12 @@ def cli(folder: Path, capfd: pytest.CaptureFixture[str], known_plugins: None) ->
         return Answer(code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> BareVenv:
+    """attnbench as `pip install` gives it: the wheel of the sdist and all that it needs, in a fresh venv."""
+    return BareVenv(tmp_path_factory.mktemp("bare"))
 
 
 @pytest.fixture(scope="module")

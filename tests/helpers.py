@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +105,35 @@ def header(device: DeviceInfo = DEVICE) -> dict[str, Any]:
     """The part of run.json that reading a run back needs."""
     facts = {"kind": device.kind, "name": device.name, "cores": device.cores, "peak_tflops": dict(device.peak_tflops)}
     return {"schema_version": 1, "device": facts}
+
+
+class BareVenv:
+    """A venv with attnbench from a wheel, away from the checkout and from all settings."""
+
+    def __init__(self, folder: Path) -> None:
+        self._bin = folder / "venv" / "bin"
+        names = ("PYTHON", "ATTNBENCH", "VIRTUAL")
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+        self.env |= {"ATTNBENCH_CACHE_DIR": str(folder / "cache"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        self.env |= {"PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PATH": f"{self._bin}:{os.environ['PATH']}"}
+        self.steps: list[tuple[str, float]] = []
+        """What was run, and the seconds that it took."""
+        # `python -m build` makes the sdist first and the wheel from what is in it.
+        self.run(sys.executable, "-m", "build", "--outdir", folder / "dist", ROOT, cwd=folder)
+        (wheel,) = (folder / "dist").glob("*.whl")
+        self.steps.clear()
+        self.run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+        self.run("python", "-m", "pip", "install", "-q", wheel, cwd=folder)
+
+    def run(self, *command: object, cwd: Path, code: int = 0) -> Answer:
+        """A command, of those in the venv first. Fails the test where it ends with another code than expected."""
+        start_s = time.monotonic()
+        words = [str(word) for word in command]
+        program = words[0] if "/" in words[0] else str(self._bin / words[0])
+        done = subprocess.run([program, *words[1:]], cwd=cwd, env=self.env, capture_output=True, text=True)
+        self.steps.append((" ".join([Path(words[0]).name, *words[1:]]), time.monotonic() - start_s))
+        assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return Answer(done.returncode, done.stdout, done.stderr)
 
 
 PLUGIN_HEAD = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -297,6 +298,17 @@ def test_list_json_has_exactly_the_contracts_keys(cli: Cli, plugins: PluginFolde
     assert {entry["device"] for entry in json.loads(cli("list", "--json", "--device", "npu").out)} == {"npu"}
 
 
+def test_plugins_shows_load_times_and_with_trace_what_was_called(cli: Cli, plugins: PluginFolder) -> None:
+    plugins.backends('[Toy("one"), Toy("two")]', entry="good")
+    plain, traced = cli("plugins"), cli("plugins", "--trace")
+    head, line = (next(ln for ln in plain.out.splitlines() if ln.startswith(start)) for start in ("entry", "good "))
+    assert "load s" in head
+    assert re.search(r" \d+\.\d\d +loaded$", line)
+    assert "attnbench_backends()" not in plain.err + plain.out
+    assert "attnbench_backends() → [one on cpu, two on cpu] (" in traced.err
+    assert "one on cpu: unavailable() → None (" in traced.err
+
+
 def test_plugins_json_has_exactly_the_contracts_keys(cli: Cli, plugins: PluginFolder) -> None:
     plugins.backends('[Toy("one"), Toy("two")]', entry="good")
     plugins.add("raise RuntimeError('no licence')", entry="broken")
@@ -499,6 +511,64 @@ def attnbench_backends():
     noisy("hook")
     return [Noisy("noisy")]
 """
+
+
+WATCHED = """
+import torch
+from attnbench import Backend
+
+class Mine(Backend):
+    name, device = "mine", "cpu"
+
+    def prepare(self, problem, q, k, v):
+        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=problem.softmax_scale) + ERROR
+"""
+
+
+def test_watch_runs_again_at_each_change_and_tells_the_difference(folder: Path) -> None:
+    """It goes on where a change breaks the plugin, tells what the next one mended, and ends with Ctrl-C."""
+    file = folder / "mine.py"
+    file.write_text(WATCHED.replace("ERROR", "0"))
+    command = [str(SCRIPT), "run", "--backends", f"{file}:Mine,sdpa", *TINY, *QUICK, "--watch"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert child.stdout is not None
+    lines: list[str] = []
+
+    def until(words: str) -> str:
+        """What it prints up to a line with these words."""
+        start = len(lines)
+        for line in child.stdout or ():
+            lines.append(line)
+            if words in line:
+                return "".join(lines[start:])
+        raise AssertionError("".join(lines))
+
+    try:
+        assert "mine vs sdpa" in until("watching 1 files")
+        file.write_text("import nothing_of_that_name\n")
+        broken = until("watching 1 files")
+        assert "changed: mine.py" in broken
+        assert "No module named 'nothing_of_that_name'" in broken
+        file.write_text(WATCHED.replace("ERROR", "1"))
+        wrong = until("watching 1 files")
+        assert re.search(r"mine +\d+\.\d+ µs +INCORRECT .* broken", wrong)
+        file.write_text(WATCHED.replace("ERROR", "0"))
+        mended = until("watching 1 files")
+        assert re.search(r"mine +INCORRECT +\d+\.\d+ µs .* mended", mended)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 130
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    assert len(list((folder / "reports").iterdir())) == 3
+
+
+@pytest.mark.parametrize("option", [("--out", "x"), ("--resume", "x"), ("--dry-run",), ("--json",), ("--no-isolate",)])
+def test_watch_refuses_what_is_for_one_run(cli: Cli, option: tuple[str, ...]) -> None:
+    answer = cli("run", "--watch", *option)
+    assert answer.code == 2
+    assert "--watch makes one run after another" in answer.problem
 
 
 def test_stdout_is_data_alone_and_only_pythonpath_brings_plugins(folder: Path, plugins: PluginFolder) -> None:

@@ -23,7 +23,7 @@ LAYERS = (
     ("serve", "isolation", "describe", "discovery"),
     ("turn", "runner"),
     ("report", "testing"),
-    ("api", "options"),
+    ("api", "options", "console", "scaffold"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -35,6 +35,7 @@ RE_EXPORTS = {"": {"backend", "errors", "hookspecs", "problem", "api"}}
 def modules() -> list[str]:
     """Every module of the core, dotted, without the leading `attnbench`; the package itself is ''."""
     paths = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+    paths = (path for path in paths if path.parts[0] != "templates")  # they are other packages, in waiting
     return sorted(".".join(path.parts).removesuffix("__init__").rstrip(".") for path in paths)
 
 

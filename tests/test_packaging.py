@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
+from helpers import BareVenv
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,9 +39,14 @@ def test_every_kernel_source_is_package_data(pyproject: dict) -> None:
     assert packed == sources
 
 
-def test_the_cores_only_source_is_package_data(pyproject: dict) -> None:
-    sources = {p for p in (ROOT / "attnbench").rglob("*") if p.suffix in (".cpp", ".h")}
-    assert sources == {ROOT / "attnbench" / "devices" / "cpu_peak.cpp"}
+def test_the_cores_sources_and_templates_are_package_data(pyproject: dict) -> None:
+    core = ROOT / "attnbench"
+    files = {p for p in core.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    sources = {p for p in files if p.suffix in (".cpp", ".h", ".cu") and core / "templates" not in p.parents}
+    assert sources == {core / "devices" / "cpu_peak.cpp"}
+    patterns = pyproject["tool"]["setuptools"]["package-data"]["attnbench"]
+    packed = {path for pattern in patterns for path in core.glob(pattern) if path.is_file()}
+    assert packed - {core / "py.typed"} == {p for p in files if core / "templates" in p.parents}
     assert pyproject["tool"]["setuptools"]["package-data"]["attnbench.devices"] == ["cpu_peak.cpp"]
 
 
@@ -72,27 +75,11 @@ def test_what_make_installs_is_pinned(pyproject: dict) -> None:
         assert name in pins or "python_version < " in need, need
 
 
-def _run(*command: str | Path, cwd: Path, env: dict[str, str]) -> str:
-    done = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def test_a_wheel_built_from_the_sdist_runs_in_a_bare_venv(tmp_path: Path) -> None:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "ATTNBENCH", "VIRTUAL"))}
-    env |= {"ATTNBENCH_CACHE_DIR": str(tmp_path / "cache"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    # `python -m build` makes the sdist first and the wheel from what is in it.
-    _run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT, cwd=tmp_path, env=env)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    _run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, cwd=tmp_path, env=env)
-    attnbench = tmp_path / "venv" / "bin" / "attnbench"
-
-    where = _run(python, "-c", "import attnbench_kernels; print(attnbench_kernels.__file__)", cwd=tmp_path, env=env)
+def test_a_wheel_built_from_the_sdist_runs_in_a_bare_venv(bare: BareVenv, tmp_path: Path) -> None:
+    where = bare.run("python", "-c", "import attnbench_kernels; print(attnbench_kernels.__file__)", cwd=tmp_path).out
     assert str(ROOT) not in where
 
-    listed = _run(attnbench, "list", cwd=tmp_path, env=env)
+    listed = bare.run("attnbench", "list", cwd=tmp_path).out
     assert {line.split()[0] for line in listed.splitlines()[2:]} >= {
         "gemm_ref",
         "jit_flash",
@@ -100,7 +87,7 @@ def test_a_wheel_built_from_the_sdist_runs_in_a_bare_venv(tmp_path: Path) -> Non
         "sdpa",
     }
 
-    table = _run(attnbench, "run", "--suite", "smoke", "--budget", "0.5", cwd=tmp_path, env=env)
+    table = bare.run("attnbench", "run", "--suite", "smoke", "--budget", "0.5", cwd=tmp_path).out
     assert "jit_flash vs sdpa" in table
     (record,) = (tmp_path / "reports").glob("*/results.csv")
     statuses = [line for line in record.read_text().splitlines() if ",jit_flash," in line]

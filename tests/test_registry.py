@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -230,6 +231,52 @@ def test_the_traceback_shows_the_plugins_own_line(body: str, plugins: PluginFold
     assert info.error_line.startswith("RuntimeError: ")
 
 
+@pytest.mark.usefixtures("alone")
+def test_what_was_called_of_a_plugin_is_told_with_what_it_gave(plugins: PluginFolder) -> None:
+    module = plugins.add(
+        """
+        class Picky(Toy):
+            def unavailable(self):
+                if self.name == "worse":
+                    raise OSError("no device")
+                return "no toy here" if self.name == "bad" else None
+
+        @attnbench.hookimpl
+        def attnbench_backends():
+            return [Picky("good"), Picky("bad")]
+        """,
+        entry="one",
+    )
+    broken = plugins.add(HOOK + "    raise RuntimeError('mine')", entry="two")
+    one, two = (plugin(discover(), name) for name in ("one", "two"))
+    times = r" \(\d+\.\d ms\)$"
+    assert [re.sub(times, "", call) for call in one.calls] == [
+        f"import {module}",
+        "attnbench_backends() → [good on cpu, bad on cpu]",
+        "good on cpu: unavailable() → None",
+        "bad on cpu: unavailable() → 'no toy here'",
+    ]
+    assert [re.sub(times, "", call) for call in two.calls] == [
+        f"import {broken}",
+        "attnbench_backends() → raised RuntimeError",
+    ]
+
+
+@pytest.mark.parametrize("group", ["attnbench.backends.v2", "attnbench.backends2", "attnbench.backends_v2"])
+@pytest.mark.usefixtures("alone")
+def test_a_plugin_for_a_later_contract_is_reported_and_not_imported(group: str, plugins: PluginFolder) -> None:
+    plugins.backends('[Toy("toy")]')
+    info = plugins.path / "later-3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: later\nVersion: 3\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\nlater = this_is_nowhere\n[attnbench.suites]\nx = nowhere\n")
+    catalogue = discover()
+    assert plugin(catalogue, "toy").error is None
+    (failure,) = catalogue.failures
+    assert (failure.source.name, failure.source.distribution, failure.source.group) == ("later", "later", group)
+    assert f"it is for {group}, which this attnbench does not know: pip install -U attnbench" in str(failure.error)
+
+
 def test_a_plugins_own_keyboard_interrupt_is_its_failure(plugins: PluginFolder) -> None:
     error = registry.describe(EntryPointRef("d", "1", "toy", plugins.add("raise KeyboardInterrupt"))).error
     assert str(error).splitlines()[-1] == "KeyboardInterrupt"
@@ -361,6 +408,8 @@ WHOLE = Description(
     ),
     (Suite("toys", (Problem(seqlen_q=3, seqlen_k=5, heads_q=4, heads_kv=2, window=2, softmax_scale=0.3),), "two"),),
     1.25,
+    sources=("/envs/toy/toy.py",),
+    calls=("import toy_module (3.0 ms)",),
 )
 BROKEN = Description(SOURCE, load_s=0.5, error="Traceback\nE: no")
 
@@ -409,6 +458,10 @@ FORGERIES = {
     "a negative time": _set("load_s", to=-1),
     "an error beside backends": _set("error", to="no"),
     "an error that is no text": _set("error", to=5),
+    "sources that are text": _set("sources", to="/x"),
+    "a source that is no text": _set("sources", 0, to=None),
+    "calls that are text": _set("calls", to="import"),
+    "a call that is no text": _set("calls", 0, to=1),
 }
 
 
