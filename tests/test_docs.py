@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import enum
+import inspect
 import re
 import runpy
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, Answer
 
 import attnbench
-from attnbench import jit, store
+from attnbench import hookspecs, jit, store, testing
 from attnbench.problem import load_suite
 from attnbench.report.tables import DETAIL_COLUMNS, Tables
 from attnbench.result import Status
@@ -140,6 +142,55 @@ def test_the_table_on_the_first_page_is_the_committed_runs() -> None:
     assert rows == comparison.cells[:4], "copy the rows of attnbench report reports/cpu-epyc"
     assert comparison.summary in page
     assert comparison.detectable in page
+
+
+class _Written:
+    """An annotation or a default as it stands in the source."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        return str(self._value).strip("\"'")
+
+
+def signature(name: str, function: Callable[..., object]) -> str:
+    """A signature as a person would write it, a parameter a line where it is long."""
+    found = inspect.signature(function)
+    shown = []
+    for p in found.parameters.values():
+        if p.kind is p.KEYWORD_ONLY and "*" not in shown:
+            shown.append("*")
+        default = _Written(p.default) if isinstance(p.default, enum.Enum) else p.default
+        annotation = p.annotation if p.annotation is p.empty else _Written(p.annotation)
+        shown.append(str(p.replace(annotation=annotation, default=default)))
+    result = "" if found.return_annotation is found.empty else f" -> {_Written(found.return_annotation)!r}"
+    line = f"{name}({', '.join(shown)}){result}"
+    return line if len(line) <= 118 else "".join([f"{name}(\n", *(f"    {p},\n" for p in shown), f"){result}"])
+
+
+def public_signatures() -> Iterator[str]:
+    """Those of the hooks and of all that the public modules export."""
+    yield signature("attnbench_backends", hookspecs.attnbench_backends)
+    yield signature("attnbench_suites", hookspecs.attnbench_suites)
+    for prefix, module in (("", attnbench), ("jit.", jit), ("testing.", testing)):
+        for name in sorted(module.__all__):
+            item = getattr(module, name)
+            if inspect.isclass(item) and item is not testing.BackendConformance:
+                if item is not attnbench.Backend:  # a protocol, which nobody calls
+                    yield signature(f"{prefix}{name}", item)
+                for method, function in vars(item).items():
+                    if inspect.isfunction(function) and not method.startswith("_"):
+                        yield signature(f"{prefix}{name}.{method}", function)
+            elif inspect.isfunction(item):
+                yield signature(f"{prefix}{name}", item)
+
+
+def test_the_page_on_plugins_promises_every_public_signature_as_it_is() -> None:
+    promised = text(DOCS / "plugins.md").partition("## What is promised")[2]
+    block = re.search(r"^```python\n(.*?)^```$", promised, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    assert block[1].rstrip("\n") == "\n".join(public_signatures())
 
 
 def test_every_status_column_and_public_name_is_explained() -> None:
