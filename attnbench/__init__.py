@@ -1,4 +1,4 @@
-"""attnbench, the referee of attention kernels. This is the public API; everything else may move.
+"""attnbench, the referee of attention kernels. This, attnbench.jit and attnbench.testing are the public API.
 
 `run` and `load` give pandas DataFrames; `hookimpl`, `Backend`, `Problem` and `Suite` are what a plugin needs.
 """

@@ -105,7 +105,7 @@ class Block:
         medians = zip(*(round_medians(lap.times_us, lap.calls) for lap in self.laps.values()))
         logs = [statistics.fmean(map(math.log, values)) for values in medians]
         middle = statistics.median(logs)
-        return [round(math.exp(value - middle), 6) for value in logs]
+        return [math.exp(value - middle) for value in logs]
 
 
 def _seen(data: Mapping[str, Any]) -> Seen:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 
+from attnbench import keeper
 from attnbench.wire import Channel
 
 END_TIMEOUT_S = 10.0
@@ -62,11 +63,16 @@ class Child:
                 self._control.close()
                 raise
 
-    def order(self, order: bytes) -> None:
-        """Have the keeper stop or continue the process and all below it, and wait until it has."""
-        with contextlib.suppress(OSError):  # the keeper is gone with its process: the next question will show it
+    def order(self, order: bytes) -> bool:
+        """Have the keeper stop or continue the process and all below it; whether it has.
+
+        It has not where the keeper is gone, with its process or because that killed it, or something will not stop.
+        """
+        try:
             self._control.sendall(order)
-            self._control.recv(1)
+            return self._control.recv(1) == keeper.DONE
+        except OSError:
+            return False
 
     def exit_code(self, wait_s: float) -> int | None:
         """The process's exit code, or less the signal that ended it; None where it goes on for longer than that."""

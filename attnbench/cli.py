@@ -187,6 +187,8 @@ def plugins_check(
         api.require_timeout(timeout)
         catalogue = _discover(None, python, plan.files_of(plan.Selection(backends=name)))
         names = plan.resolve_backends(name, catalogue, "plugins check")
+        if len(names) > 1:
+            raise AttnbenchError(f"plugins check takes one backend, not {len(names)}", "check one after the other")
         kind = None if device is None else devices.choose(device).kind
         found = [info for info in catalogue.backends if info.name in names and kind in (None, info.device)]
         usable = [info for info in found if info.available]
@@ -550,7 +552,15 @@ def _execute(
         write(stream, "[]")
     if outcome.interrupted:
         what = "what was finished is kept and shown" if outcome.results else "nothing was finished"
-        complain(AttnbenchError(f"interrupted: {what}", f"attnbench run --resume {outcome.path} goes on"))
+        # A run keeps names, and that of a file that is installed nowhere says nothing.
+        files = {
+            entry.name: f"{os.path.relpath(entry.backend.source.file)}:{entry.backend.source.name}"
+            for entry in the_plan.entries
+            if entry.backend is not None and entry.backend.source.file
+        }
+        words = ",".join(files.get(entry.name, entry.name) for entry in the_plan.entries)
+        named = f" --backends {words}" if files else ""
+        complain(AttnbenchError(f"interrupted: {what}", f"attnbench run --resume {outcome.path}{named} goes on"))
     elif outcome.exit_code is ExitCode.NOTHING_PASSED:
         complain(AttnbenchError("nothing passed, so there is no time to show", "the details say why"))
     return outcome
@@ -576,9 +586,10 @@ def _watch(
         seen = sources.snapshot(places)
         try:
             catalogue, the_plan = _plan(selection, no_plugin, python)
-            brought_by = {entry.backend.source for entry in the_plan.entries if entry.backend is not None}
-            known = places
-            places = tuple(place for p in catalogue.plugins if p.source in brought_by for place in p.sources)
+            known, names = places, {entry.name for entry in the_plan.entries}
+            # Also of those that are not available, which an edit may change, and of what an edit broke.
+            now = (place for p in catalogue.plugins if names & set(p.backends) for place in p.sources)
+            places = tuple(dict.fromkeys([*known, *now]))
             if places != known:
                 seen = sources.snapshot(places)
             outcome = _execute(stream, the_plan, settings, catalogue, Ledger(), verbose)
@@ -590,10 +601,11 @@ def _watch(
             if outcome.interrupted:
                 _end(outcome.exit_code)
             if outcome.results:
-                now = Tables(store.load(outcome.path))
+                # The same baseline in each, also where it alone has a time.
+                tables = Tables(store.load(outcome.path), the_plan.timed_baseline)
                 if before is not None:
-                    write(stream, f"\n{difference(before, now)}")
-                before = now
+                    write(stream, f"\n{difference(before, tables)}")
+                before = tables
         say(f"\nwatching {len(seen)} files; Ctrl-C ends it")
         changed = sources.wait_for_change(places, seen, WATCH_EVERY_S)
         say(f"changed: {', '.join(path.name for path in changed)}\n")

@@ -10,8 +10,9 @@ from attnbench import processes
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What all processors have done since the machine started, in clock ticks (10 ms)."""
+    """What the processors that this process may use have done since the machine started, in clock ticks (10 ms)."""
 
+    processors: int
     total: int
     idle: int
     """Waiting for input and output included."""
@@ -23,8 +24,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Share:
-    """Parts of all processors' time, 0 to 1."""
+    """Parts of those processors' time, 0 to 1."""
 
+    processors: int
     others: float
     """Used by programs that are not attnbench's."""
     steal: float
@@ -33,12 +35,14 @@ class Share:
 def sample() -> Load | None:
     """The load up to now; None where there is no /proc."""
     try:
-        line = (processes.PROC / "stat").read_text().partition("\n")[0]
-        user, nice, system, idle, iowait, irq, softirq, steal = map(int, line.split()[1:9])
-    except (OSError, ValueError):
+        lines = [line.split() for line in (processes.PROC / "stat").read_text().splitlines()]
+        usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        ticks = [list(map(int, words[1:9])) for words in lines if words and words[0] in usable]
+        user, nice, system, idle, iowait, irq, softirq, steal = map(sum, zip(*ticks))
+    except (OSError, ValueError, AttributeError):  # no Linux
         return None
     total = user + nice + system + idle + iowait + irq + softirq + steal
-    return Load(total=total, idle=idle + iowait, steal=steal, own=_own_ticks())
+    return Load(processors=len(ticks), total=total, idle=idle + iowait, steal=steal, own=_own_ticks())
 
 
 def between(before: Load, after: Load) -> Share:
@@ -49,12 +53,12 @@ def between(before: Load, after: Load) -> Share:
     """
     total = after.total - before.total
     if total <= 0:
-        return Share(0.0, 0.0)
+        return Share(after.processors, 0.0, 0.0)
     steal = after.steal - before.steal
     # A descendant that has ended takes its time along only if nobody waited for it; attnbench's never runs backwards.
     own = max(0, after.own - before.own)
     others = total - (after.idle - before.idle) - steal - own
-    return Share(_clamped(others / total), _clamped(steal / total))
+    return Share(after.processors, _clamped(others / total), _clamped(steal / total))
 
 
 def _own_ticks() -> int:

@@ -37,8 +37,8 @@ GRACE_S = 1.0
 LEAST_CLOCK, LEAST_CLAIM = 0.8, 0.5
 """A worker's clock must have seen this share of the wall time that passed here, and its calls that share…"""
 BETWEEN_CALLS_S, FILL_BYTES_S, CLOCK_SLACK_S = 1e-4, 2e9, 0.1
-"""…but for what lies between calls (changed inputs take 15 to 50 µs, NaN goes into outputs at 5 GB/s or more), and for
-a processor that is busy elsewhere."""
+"""…but for what lies between calls (changed inputs take 15 to 50 µs, more after calls of milliseconds, which empty the
+caches; NaN goes into outputs at 5 GB/s or more), and for a processor that is busy elsewhere."""
 
 
 class IsolatedWorker:
@@ -54,11 +54,19 @@ class IsolatedWorker:
         self._paused = False
         self._clock = _WallClock()
         self._refused: CaseFailed | None = None
+        self._unruly: CaseFailed | None = None
+        """How the process ended where it was to be stopped, until somebody is told."""
         self._start()
 
     def _start(self) -> None:
-        self._child: Child | None = Child(self._python, "serve")
         self._ready = False
+        try:
+            self._child: Child | None = Child(self._python, "serve")
+        except OSError as error:
+            self._child = None
+            reason = f"its process cannot be started: {error.strerror or error}"
+            self._refused = CaseFailed(Status.UNAVAILABLE, reason)
+            return
         self._paused = False
         with contextlib.suppress(WireError):  # it died already: the first question will say how
             backend = dataclasses.asdict(self._info)
@@ -73,8 +81,13 @@ class IsolatedWorker:
         """Start a phase; a process that ended in the last one is replaced."""
         if self._refused is not None:
             raise self._refused
+        if self._unruly is not None:
+            failure, self._unruly = self._unruly, None
+            raise failure
         if self._child is None:
             self._start()
+            if self._refused is not None:
+                raise self._refused
         self._left_s = self._timeout_s
         self._clock = _WallClock()
         self._ask("begin", _is_nothing)
@@ -146,8 +159,11 @@ class IsolatedWorker:
     def pause(self) -> None:
         """Stop the process until the next question, so that no thread of it takes a core from who is timed."""
         if self._child is not None and not self._paused:
-            self._child.order(keeper.STOP)
             self._paused = True
+            if not self._child.order(keeper.STOP):
+                # Nothing may run beside who is timed next. Where the process died by itself its keeper says how.
+                how = self._kill(LAST_WORDS_S) or "its process could not be stopped while others are timed"
+                self._unruly = CaseFailed(Status.CRASHED, how)
 
     def release(self) -> None:
         if self._region is not None:
@@ -174,7 +190,8 @@ class IsolatedWorker:
     def _ask(self, do: str, fits: Callable[[Any], bool], descriptor: int | None = None, **arguments: Any) -> Any:
         """Send one question and wait for its answer; whatever else comes, or nothing, ends the process."""
         if self._child is None:
-            raise CaseFailed(Status.CRASHED, "its process has ended")
+            failure, self._unruly = self._unruly, None
+            raise failure or CaseFailed(Status.CRASHED, "its process has ended")
         if self._paused:
             self._child.order(keeper.CONTINUE)
             self._paused = False
@@ -193,6 +210,10 @@ class IsolatedWorker:
                 return self._take(self._child.channel, fits, self._left_s + GRACE_S)
             finally:
                 self._left_s = max(0.0, self._left_s - (time.monotonic() - start_s))
+        except CaseFailed as failure:
+            if failure.status is Status.TIMEOUT and self._child is not None:
+                self._kill()  # what it was doing may go on in threads; the next case gets a fresh one
+            raise
         except NoAnswer:
             self._kill()
             limit_s, where = (self._timeout_s, do) if self._ready else (START_TIMEOUT_S, "its start")

@@ -20,20 +20,25 @@ from typing import NoReturn
 
 from attnbench import processes
 
-STOP, CONTINUE, DONE = b"s", b"c", b"."
-"""Stop all descendants; let them go on; the keeper's answer to either, once it is so."""
-PR_SET_CHILD_SUBREAPER = 36
+STOP, CONTINUE, DONE, NOT_DONE = b"s", b"c", b".", b"!"
+"""Stop all descendants; let them go on; the keeper's answers to either, once it is so or where it cannot be."""
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SWEEPS, SWEEP_S = 2000, 0.0005
 """A descendant may fork while it is looked for; each sweep finds what the last one missed. A second in all."""
 
 
 def keep(control: int) -> None:
     """Become the keeper, and return in a new process, the worker. The keeper ends as the worker does."""
+    keeper = os.getpid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     worker = os.fork()
     if worker:
         _watch(worker, control)
+    if sys.platform == "linux":  # a worker that kills its keeper goes with it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != keeper:
+            os._exit(1)
     os.close(control)
     os.setsid()
 
@@ -61,12 +66,13 @@ def _watch(worker: int, control: int) -> NoReturn:
             if order not in (STOP, CONTINUE):
                 _kill_all(worker)
                 os._exit(0)
+            done = True
             if order == STOP:
-                _stop_all(worker)
+                done = _stop_all(worker)
             else:
                 _signal_all(worker, signal.SIGCONT)
             with contextlib.suppress(OSError):
-                runner.send(DONE)
+                runner.send(DONE if done else NOT_DONE)
 
 
 def _reap(worker: int) -> None:
@@ -98,14 +104,15 @@ def _signal_all(worker: int, number: int) -> None:
             os.kill(pid, number)
 
 
-def _stop_all(worker: int) -> None:
-    """Stop all descendants, and wait until they stand still."""
+def _stop_all(worker: int) -> bool:
+    """Stop all descendants, and wait until they stand still; whether they do."""
     for _ in range(SWEEPS):
         _signal_all(worker, signal.SIGSTOP)
         below = processes.descendants(os.getpid()).values()
         if all(fields[processes.STATE] in "TtZX" for fields in below):
-            return
+            return True
         time.sleep(SWEEP_S)
+    return False
 
 
 def _kill_all(worker: int) -> None:

@@ -31,8 +31,10 @@ WARM_UP_S = 0.02
 ROUND_S = 0.1
 """`adaptive` times a backend for this long in a round…"""
 MIN_CALLS = 2
-MAX_CALLS = 5000
-"""…with no fewer and no more calls than these: calls of 10 µs still make 50 ms."""
+MAX_CALLS = 10_000
+"""…with no fewer and no more calls than these: calls of 5 µs still make 50 ms."""
+MOST_CALLS = 1_000_000
+"""What can be asked for in a run: every time of it is kept."""
 MAX_DROPS = 3
 """Rounds of a block that may be thrown away; further disturbed ones are kept and counted."""
 LOOKS = (5, 8, 12, 18)
@@ -100,8 +102,8 @@ class Protocol:
     def __post_init__(self) -> None:
         for name, least in (("warmup", 0), ("iters", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise AttnbenchError(f"--{name} must be a whole number of at least {least}, not {value}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST_CALLS:
+                raise AttnbenchError(f"--{name} must be a whole number from {least} to {MOST_CALLS:,}, not {value}")
         if not 0 < self.budget_s < float("inf"):
             raise AttnbenchError(f"--budget must be a number of seconds above 0, not {self.budget_s:g}")
 
@@ -267,8 +269,8 @@ def _costly(protocol: Protocol, spent_s: float) -> bool:
 def _calls(lane: Lane, protocol: Protocol, index: int) -> list[int]:
     """Warm up one lane, and say how many calls each round shall time."""
     if protocol.name == "fixed":
-        if protocol.warmup:
-            lane.time_calls(protocol.warmup, cold=False)
+        for count in _deal(protocol.warmup, -(-protocol.warmup // MAX_CALLS)):
+            lane.time_calls(count, cold=False)
         count = protocol.fixed_counts[index]
         return _deal(count, min(ROUNDS, count))
     call_s = lane.warm_up(WARM_UP_S) / 1e6

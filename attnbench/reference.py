@@ -220,9 +220,9 @@ class Reference:
     err_budget: float
 
     @classmethod
-    def of(cls, problem: Problem, inputs: Inputs, seed: int) -> Reference:
+    def of(cls, problem: Problem, inputs: Inputs, seed: int, rows_seed: int | None = None) -> Reference:
         """Compute both. Budget: 2 × `plain_error` + eps(dtype) × max |oracle|, over the rows checked."""
-        rows = sample_rows(problem, seed)
+        rows = sample_rows(problem, seed if rows_seed is None else rows_seed)
         expected = oracle(problem, inputs, rows)
         plain_err = plain_error(problem, inputs, rows, expected, seed)
         largest = expected.abs().max().item()

@@ -17,6 +17,7 @@ import reprlib
 import sys
 import time
 import traceback
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -212,6 +213,9 @@ def entry_points() -> list[EntryPointRef]:
             distribution = entry.dist
             name, version = (distribution.name, distribution.version) if distribution else ("unknown", "")
             found.add(EntryPointRef(name, version, entry.name, entry.value, group=group))
+    known = {(ref.distribution, ref.name) for ref in found if ref.group == hookspecs.ENTRY_POINT_GROUP}
+    # What serves this version too needs no word about what it has for later ones.
+    found = {r for r in found if r.group == hookspecs.ENTRY_POINT_GROUP or (r.distribution, r.name) not in known}
     return sorted(found, key=lambda ref: (ref.distribution, ref.name, ref.value, ref.version))
 
 
@@ -300,8 +304,7 @@ def _load_plugin(source: EntryPointRef, calls: _Calls) -> _Loaded:
             backends, places = (_from_file(source),), [source.file]
     else:
         backends, suites = _from_hooks(source, calls)
-        module = sys.modules[source.value.partition(":")[0].strip()]
-        places = list(getattr(module, "__path__", ())) or [module.__file__ or ""]
+        places = _places(sys.modules[source.value.partition(":")[0].strip()])
     for backend in backends:
         if found := faults(backend):
             raise PluginError(f"{type(backend).__name__} is no backend: {'; '.join(found)}")
@@ -311,6 +314,13 @@ def _load_plugin(source: EntryPointRef, calls: _Calls) -> _Loaded:
             raise PluginError(f"attnbench_suites() returned {suite!r}, not a Suite")
     known = dict.fromkeys(os.path.abspath(place) for place in places if place)
     return _Loaded(cast("tuple[Backend, ...]", backends), suites, tuple(known))
+
+
+def _places(module: types.ModuleType) -> list[str]:
+    """Where a module's code lies: its own folder, or the one of the package that it is in, or its file alone."""
+    parent = sys.modules.get(module.__package__ or "")
+    package = getattr(module, "__path__", None) or getattr(parent, "__path__", None)
+    return list(package or ()) or [module.__file__ or ""]
 
 
 def _from_file(source: EntryPointRef) -> Any:

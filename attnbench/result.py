@@ -149,13 +149,13 @@ def round_medians(times_us: Sequence[float], calls: Sequence[int]) -> list[float
 
 
 def paced_median(times_us: Sequence[float], rounds: Sequence[Round]) -> float:
-    """A block's time: the median over its rounds of their medians at the block's middle pace.
+    """A block's time: the median over its rounds of their medians at the block's middle pace, on a logarithmic scale.
 
     The machine's pace in a round is taken from all backends, which had their turns side by side, so that what it did
     to all of them changes no ratio; of two backends the ratio of these is the median of the rounds' ratios.
     """
     medians = round_medians(times_us, [item.calls for item in rounds])
-    return statistics.median(median / item.pace for median, item in zip(medians, rounds))
+    return math.exp(statistics.median(math.log(median / item.pace) for median, item in zip(medians, rounds)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ The templates are a package called my-flash, whole and valid as it stands; a new
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import keyword
 import os
@@ -15,9 +16,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from attnbench.errors import AttnbenchError
+from attnbench.hookspecs import ENTRY_POINT_GROUP
 
 KINDS = ("torch", "triton", "cuda", "cpp", "pto")
-DEFAULT_KIND = "torch"
+PEERS = {"pto": "npu_fused_attention"}
+"""What a new backend of a kind is compared with; sdpa, which runs wherever the other kinds do, but for these."""
 NAME_PATTERN = r"[a-z][a-z0-9]*([-_][a-z0-9]+)*"
 
 _COMMON = {
@@ -62,6 +65,8 @@ def _require_name(name: str, module: str) -> None:
         )
     if keyword.iskeyword(module) or importlib.util.find_spec(module) is not None:
         raise AttnbenchError(f"Python has something called {module} already", "give the plugin another name")
+    if module in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP).names:
+        raise AttnbenchError(f"a plugin called {module} is installed already", "give the plugin another name")
 
 
 def _write(folder: Path, name: str, module: str, kind: str) -> list[Path]:
@@ -69,6 +74,7 @@ def _write(folder: Path, name: str, module: str, kind: str) -> list[Path]:
     sources = [(templates / "common" / file, place) for file, place in _COMMON.items()]
     sources += [(item, f"my_flash/{item.name}") for item in (templates / kind).iterdir() if item.is_file()]
     names = {"my_flash": module, "my-flash": name, "MyFlash": "".join(part.title() for part in module.split("_"))}
+    names["PEER"] = PEERS.get(kind, "sdpa")
 
     def renamed(text: str) -> str:
         return re.sub("|".join(names), lambda found: names[found[0]], text)

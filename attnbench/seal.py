@@ -7,7 +7,10 @@ one that looks for this very object can undo it; what such a one claims, the run
 from __future__ import annotations
 
 import builtins
+import gc
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +21,13 @@ PACKAGE = "attnbench"
 
 
 _ABSENT = object()
+
+_AROUND_CALLS: tuple[tuple[object, str], ...] = (
+    *((signal, name) for name in ("signal", "setitimer")),
+    *((gc, name) for name in ("collect", "isenabled", "disable", "enable")),
+    *((threading, name) for name in ("current_thread", "main_thread")),
+)
+"""What runs right before and after calls are timed: one that is wrapped could change a clock and put it back."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Seal:
         items = [
             _Item(vars(time), name, value, f"time.{name}") for name, value in vars(time).items() if callable(value)
         ]
-        for owner, name in timing:
+        for owner, name in (*_AROUND_CALLS, *timing):
             items += _owned(owner, name)
         items += [_Item(vars(builtins), name, value, f"builtins.{name}") for name, value in vars(builtins).items()]
         items += _package()

@@ -119,7 +119,7 @@ class Turn:
             yield self._judge(worker, inputs, reference)
 
     def _judge(self, worker: AnyWorker, inputs: Inputs, reference: Reference) -> Check:
-        with self._bench.books.spend(ledger.CHECK):
+        with _judging(self._bench.books):
             check = reference.judge(worker.output())
             changed = _changed(worker, inputs)
             return reference.fault(changed) if changed else check
@@ -132,7 +132,7 @@ class Turn:
             worker.renew(inputs)
         with self._bench.books.spend(ledger.PREPARE):
             worker.prepare_twin(self._problem, others)
-        with self._bench.books.spend(ledger.CHECK):
+        with _judging(self._bench.books):
             for twin, expected in ((True, others), (False, inputs)):
                 fault = spot.fault(self._problem, expected, worker.output(twin=twin), budget, _unforeseen())
                 if fault:
@@ -176,12 +176,12 @@ class Turn:
         """Judge once more, on other inputs in the same tensors; what was only right at first gets no number."""
         worker = self._workers[backend]
         with self._failing(backend):
-            with self._bench.books.spend(ledger.CHECK):
+            with _judging(self._bench.books):
                 if changed := _changed(worker, self._inputs(self._bench.seed)):
                     raise CaseFailed(Status.INCORRECT, f"while it was timed, {changed}")
             inputs, budget = self._other_inputs(self._progress.verdicts[backend].check.err_budget)
             worker.renew(inputs)
-            with self._bench.books.spend(ledger.CHECK):
+            with _judging(self._bench.books):
                 fault = spot.fault(self._problem, inputs, worker.output(), budget, _unforeseen())
                 if fault:
                     raise CaseFailed(Status.INCORRECT, f"after timing, on new inputs: {fault}")
@@ -213,7 +213,7 @@ class Turn:
         if key not in self._references:
             with self._bench.books.spend(ledger.ORACLE):
                 try:
-                    self._references[key] = Reference.of(self._problem, inputs, seed)
+                    self._references[key] = Reference.of(self._problem, inputs, seed, _unforeseen())
                 except (Unjudgeable, MemoryError, RuntimeError) as error:
                     raise _skipped(error) from error
         return inputs, self._references[key]
@@ -250,7 +250,7 @@ class _Lane:
         look_at = sorted(random.SystemRandom().sample(range(count), min(OUTPUTS, count)))
         timed = self._worker.time_calls(count, cold=cold, seed=seed, look_at=look_at)
         self.timed_s += sum(timed.times_us) / 1e6
-        with self._bench.books.spend(ledger.CHECK):
+        with _judging(self._bench.books):
             for call, output in zip(look_at, timed.outputs):
                 patch = Patch.of(self._problem, seed, call - call % self._bench.device.calls_a_change)
                 fault = spot.fault(self._problem, self._inputs, output, self._err_budget, _unforeseen(), patch)
@@ -264,6 +264,16 @@ class _Lane:
 
     def pause(self) -> None:
         self._worker.pause()
+
+
+@contextlib.contextmanager
+def _judging(books: Ledger) -> Iterator[None]:
+    """Count what is done as checking; where attnbench itself has no memory for it, the case cannot be judged."""
+    with books.spend(ledger.CHECK):
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            raise _skipped(error) from error
 
 
 def _skipped(error: Exception) -> CaseFailed:

@@ -6,9 +6,9 @@ from attnbench import contention
 from attnbench.blocks import Seen
 from attnbench.devices import Device, Reading
 
-MAX_OTHERS = 0.1
-"""Share of the processors that others may use: with one of two cores taken, OpenMP's barriers made a 40 µs call take
-8 ms."""
+MAX_OTHERS, MAX_OTHERS_CORES = 0.1, 1.0
+"""Share of the processors that others may use, and no more than so many cores of many: with one of two cores taken,
+OpenMP's barriers made a 40 µs call take 8 ms."""
 MAX_STEAL = 0.05
 
 
@@ -29,7 +29,7 @@ class MachineWatch:
         readings = (self._reading, self._device.reading())
         share = contention.between(self._before, after) if self._before and after else None
         causes = [f"throttling ({why})" for why in dict.fromkeys(why for r in readings for why in r.throttled)]
-        if share is not None and share.others > MAX_OTHERS:
+        if share is not None and share.others > min(MAX_OTHERS, MAX_OTHERS_CORES / share.processors):
             causes.append("other programs")
         if share is not None and share.steal > MAX_STEAL:
             causes.append("steal by the hypervisor")

@@ -117,7 +117,10 @@ def _nameless_file(size: int) -> int:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:  # macOS: what is not there shows when it is written
+            os.ftruncate(descriptor, size)
     except OSError:
         os.close(descriptor)
         raise
@@ -151,10 +154,18 @@ class Region:
         shapes = (problem.q_shape, problem.k_shape, problem.v_shape, *[problem.out_shape] * OUTPUTS)
         item = ITEM_BYTES[problem.dtype]
         sizes = [-(-math.prod(shape) * item // ALIGNMENT) * ALIGNMENT for shape in shapes]
-        if descriptor is None:
-            descriptor = _nameless_file(sum(sizes))
-        self.descriptor = descriptor
-        memory = mmap.mmap(descriptor, sum(sizes))
+        given = descriptor
+        descriptor = _nameless_file(sum(sizes)) if given is None else given
+        self.descriptor: int | None = descriptor
+        """None where it was given: the mapping lives as long as its tensors, and nobody else needs it."""
+        try:
+            memory = mmap.mmap(descriptor, sum(sizes))
+        except OSError:
+            os.close(descriptor)
+            raise
+        if given is not None:
+            os.close(given)
+            self.descriptor = None
         self._memory = memory
         offsets = [sum(sizes[:index]) for index in range(len(sizes))]
         self.q, self.k, self.v, *self.outputs = (
@@ -175,4 +186,5 @@ class Region:
         del self.q, self.k, self.v, self.outputs
         with contextlib.suppress(BufferError):  # a view is still alive somewhere: the mapping goes with it
             self._memory.close()
-        os.close(self.descriptor)
+        if self.descriptor is not None:
+            os.close(self.descriptor)

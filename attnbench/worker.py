@@ -33,6 +33,10 @@ from attnbench.text import without_home
 
 # Taken before any plugin is imported: a plugin that replaces them later changes nothing here.
 _COPY, _FILL, _TO = torch.Tensor.copy_, torch.Tensor.fill_, torch.Tensor.to
+_SIGNAL, _SET_TIMER = signal.signal, signal.setitimer
+_COLLECT, _COLLECTS, _STOP_COLLECTING, _GO_ON_COLLECTING = gc.collect, gc.isenabled, gc.disable, gc.enable
+_THIS_THREAD, _MAIN_THREAD = threading.current_thread, threading.main_thread
+_MONOTONIC, _PERF_COUNTER = time.monotonic, time.perf_counter
 
 REASON_LENGTH = 400
 ONE_THREAD_VALUES = 1 << 14
@@ -126,7 +130,7 @@ class Worker:
             self._device.synchronize()
             if not callable(call):
                 raise TypeError(f"it returned a {type(call).__name__}, nothing to call")
-        gc.collect()
+        _COLLECT()
         return (q, k, v), call
 
     def renew(self, inputs: Inputs) -> None:
@@ -155,12 +159,12 @@ class Worker:
         """Call as `time_calls` does, for at least that long; gives the median time in µs of the later half."""
         exercise = self._exercise(seed)
         with _no_collection(), self._guard("a warm-up call"):
-            start_s, count = time.monotonic(), 1
+            start_s, count = _MONOTONIC(), 1
             times: list[float] = []
             try:
                 while True:
                     times += self._device.time_calls(self._prepared, count, cold=False, exercise=exercise)
-                    passed_s = time.monotonic() - start_s
+                    passed_s = _MONOTONIC() - start_s
                     if passed_s >= seconds:
                         return statistics.median(times[len(times) // 2 :])
                     still = math.ceil((seconds - passed_s) / passed_s * len(times))
@@ -174,7 +178,7 @@ class Worker:
         What the calls in `look_at` return is copied the moment they do. Every returned tensor is filled with NaN.
         """
         call, exercise = self._prepared, self._exercise(seed, look_at)
-        clock = time.perf_counter
+        clock = _PERF_COUNTER
         with _no_collection(), self._guard("a timed call"):
             start_s = clock()
             try:
@@ -253,7 +257,7 @@ class Worker:
     @contextlib.contextmanager
     def _guard(self, doing: str) -> Iterator[None]:
         """Turn whatever the backend raises, its running out of time, or what it changed, into CaseFailed."""
-        start_s = time.monotonic()
+        start_s = _MONOTONIC()
         try:
             with _alarm(self._left_s):
                 yield
@@ -268,7 +272,7 @@ class Worker:
             raise CaseFailed(_status(error), words[:REASON_LENGTH]) from error
         finally:
             # Time that is up is up at once: a timer of 0 s would never ring.
-            self._left_s = max(self._left_s - (time.monotonic() - start_s), 1e-6)
+            self._left_s = max(self._left_s - (_MONOTONIC() - start_s), 1e-6)
         self._require_seal()
 
 
@@ -345,32 +349,32 @@ def _refuse_alias(output: Tensor, inputs: tuple[Tensor, Tensor, Tensor]) -> None
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
     """Keep Python's cycle collector from running inside a timed call."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    was_enabled = _COLLECTS()
+    _STOP_COLLECTING()
     try:
         yield
     finally:
         if was_enabled:
-            gc.enable()
+            _GO_ON_COLLECTING()
 
 
 @contextlib.contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
     """Raise _TimeIsUp in the main thread after that long; it reaches Python code, and C code when it returns."""
-    if threading.current_thread() is not threading.main_thread():
+    if _THIS_THREAD() is not _MAIN_THREAD():
         yield
         return
 
     def ring(_signal: int, _frame: FrameType | None) -> None:
         raise _TimeIsUp
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = _SIGNAL(signal.SIGALRM, ring)
+    _SET_TIMER(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        _SET_TIMER(signal.ITIMER_REAL, 0)
+        _SIGNAL(signal.SIGALRM, before)
 
 
 def _status(error: BaseException) -> Status:

@@ -114,7 +114,11 @@ class BareVenv:
         self._bin = folder / "venv" / "bin"
         names = ("PYTHON", "ATTNBENCH", "VIRTUAL")
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(names)}
-        self.env |= {"ATTNBENCH_CACHE_DIR": str(folder / "cache"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        self.env |= {
+            "ATTNBENCH_CONFIG": os.devnull,
+            "ATTNBENCH_CACHE_DIR": str(folder / "cache"),
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        }
         self.env |= {"PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PATH": f"{self._bin}:{os.environ['PATH']}"}
         self.steps: list[tuple[str, float]] = []
         """What was run, and the seconds that it took."""
@@ -130,7 +134,7 @@ class BareVenv:
         start_s = time.monotonic()
         words = [str(word) for word in command]
         program = words[0] if "/" in words[0] else str(self._bin / words[0])
-        done = subprocess.run([program, *words[1:]], cwd=cwd, env=self.env, capture_output=True, text=True)
+        done = subprocess.run([program, *words[1:]], cwd=cwd, env=self.env, capture_output=True, text=True, timeout=900)
         self.steps.append((" ".join([Path(words[0]).name, *words[1:]]), time.monotonic() - start_s))
         assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return Answer(done.returncode, done.stdout, done.stderr)

@@ -74,6 +74,19 @@ def test_what_slowed_all_backends_in_a_round_changes_no_ratio():
         assert rough.time_us(name) / rough.time_us("a") == pytest.approx(calm.time_us(name) / calm.time_us("a"))
 
 
+def test_a_backend_of_two_speeds_moves_no_others_time():
+    """C is 200 times slower in half of the rounds: of an even number, the middle two are as far apart as can be."""
+    rough = block_of(a=[[100.0]] * 8, b=[[110.0]] * 8, c=[[40.0]] * 4 + [[8000.0]] * 4)
+    assert rough.time_us("a") == pytest.approx(100.0)
+    assert rough.time_us("b") == pytest.approx(110.0)
+
+
+def test_times_that_are_worlds_apart_have_a_pace_all_the_same():
+    wild = block_of(a=[[0.001]] * 3 + [[5000.0]] * 5, b=[[1e9]] * 3 + [[0.001]] * 5)
+    assert all(item.pace > 0 for item in wild.rounds("a"))
+    assert measurement([wild], "a", HOW).time_us > 0
+
+
 def test_a_measurement_has_the_blocks_times():
     taken = [block_of(a=[[1.0, 2.0], [3.0]], b=[[4.0], [1.0]]), block_of(a=[[2.0]], b=[[6.0]])]
     for name in "ab":

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -533,6 +534,8 @@ def test_watch_runs_again_at_each_change_and_tells_the_difference(folder: Path) 
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert child.stdout is not None
     lines: list[str] = []
+    watchdog = threading.Timer(300, child.kill)  # a line that never comes must not be waited for
+    watchdog.start()
 
     def until(words: str) -> str:
         """What it prints up to a line with these words."""
@@ -558,6 +561,7 @@ def test_watch_runs_again_at_each_change_and_tells_the_difference(folder: Path) 
         child.send_signal(signal.SIGINT)
         assert child.wait(30) == 130
     finally:
+        watchdog.cancel()
         child.kill()
         child.wait()
         child.stdout.close()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnbench import registry
 from attnbench.backend import Backend
+from attnbench.discovery import discover
 from attnbench.problem import Problem
 from attnbench.registry import BackendInfo, EntryPointRef
 from attnbench.testing import BackendConformance
@@ -23,6 +24,7 @@ from attnbench.testing.check import Outcome, check, table
 from attnbench.testing.conform import _run, every_test
 from attnbench_plugins.gemm_ref import GemmRef
 from attnbench_plugins.jit_flash.cpu import JitFlashCpu
+from attnbench_plugins.npu_fused_attention import NpuFusedAttention
 from attnbench_plugins.sdpa import Sdpa
 
 
@@ -193,6 +195,7 @@ class ComesLate(Right):
             found = self.attend(problem, q, k, v)
             if (problem.seqlen_q, problem.seqlen_k) != (56, 80):
                 return found
+            out.zero_()  # whatever an earlier timer wrote, it comes late again
             threading.Timer(0.02, lambda: out.copy_(found)).start()
             return out
 
@@ -209,6 +212,7 @@ WRONG: dict[str, Right] = {
     "more_keys_than_queries": wrong_where(lambda p: plain(p) and (p.seqlen_q, p.seqlen_k) == (48, 160))(),
     "more_queries_than_keys": wrong_where(lambda p: plain(p) and (p.seqlen_q, p.seqlen_k) == (160, 48))(),
     "many_tiles": wrong_where(lambda p: p.seqlen_q == 300)(),
+    "many_keys": wrong_where(lambda p: p.seqlen_k > 2048)(),
     "batch_and_heads": wrong_where(lambda p: p.batch == 3)(),
     "causal_square": wrong_where(lambda p: p.causal and p.seqlen_q == p.seqlen_k)(),
     "causal_more_keys_is_aligned_bottom_right": wrong_where(
@@ -222,6 +226,7 @@ WRONG: dict[str, Right] = {
     "multi_query": wrong_where(lambda p: 1 == p.heads_kv < p.heads_q)(),
     "odd_lengths": wrong_where(lambda p: p.seqlen_q == 33)(),
     "head_dim_40": wrong_where(lambda p: p.head_dim == 40)(),
+    "head_dim_256": wrong_where(lambda p: p.head_dim == 256)(),
     "values_of_another_head_dim": wrong_where(lambda p: p.head_dim != p.head_dim_v)(),
     "length_1": wrong_where(lambda p: p.seqlen_k == 1)(),
     "softmax_scale": wrong_where(lambda p: p.softmax_scale == 0.25)(),
@@ -262,6 +267,86 @@ def test_what_is_right_passes() -> None:
 def test_a_wrong_backend_fails_the_test_named_for_it_and_no_other(name: str) -> None:
     found = outcomes(WRONG[name])
     assert {test for test, how in found.items() if how == "FAILED"} == {name}
+
+
+class WrongStream(Right):
+    """Computes on the default stream, whichever is current."""
+
+    device = "cuda"
+
+    def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with torch.cuda.stream(torch.cuda.default_stream()):
+                return self.attend(problem, q, k, v)
+
+        return call
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no streams, and torch sees no GPU")
+def test_a_backend_on_the_wrong_stream_fails_the_test_named_for_it_and_no_other() -> None:
+    found = outcomes(WrongStream())
+    assert {test for test, how in found.items() if how == "FAILED"} == {"another_stream"}
+
+
+class OneSizeAlone(Right):
+    """As many kernels are: whole tiles, one head size. It gives zeros."""
+
+    def unsupported(self, problem: Problem) -> str | None:
+        whole = problem.seqlen_q % 128 == problem.seqlen_k % 128 == 0
+        return super().unsupported(problem) or (None if whole and problem.head_dim == 128 else "128 alone")
+
+    def attend(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.zeros(problem.out_shape, dtype=q.dtype)
+
+
+def test_what_takes_few_shapes_is_tried_on_those() -> None:
+    found = outcomes(OneSizeAlone())
+    skipped = {name for name, how in found.items() if how == "skipped"}
+    shapes = {"odd_lengths", "head_dim_40", "head_dim_256", "values_of_another_head_dim", "length_1"}
+    assert skipped == shapes | {"another_stream", "parallel_units_is_a_number_of_cores"}
+    passed = {name for name, how in found.items() if how == "passed"}
+    # Of a zero its author can only say that it is a tensor, is there, and leaves its inputs alone.
+    assert passed == {
+        *("is_a_backend", "says_whether_it_is_available", "supports_something", "refuses_with_a_reason"),
+        *("output_is_a_plain_tensor_of_the_problems_shape_and_dtype", "output_has_memory_of_its_own"),
+        "inputs_are_left_as_they_were",
+    }
+
+
+def test_a_backend_that_is_not_available_is_asked_for_nothing_more() -> None:
+    class Absent(Right):
+        def unavailable(self) -> str | None:
+            return "no such device"
+
+        def unsupported(self, problem: Problem) -> str | None:
+            raise RuntimeError("it asks its device")
+
+    found = outcomes(Absent())
+    assert {name for name, how in found.items() if how != "skipped"} == {
+        "is_a_backend",
+        "says_whether_it_is_available",
+    }
+
+
+def test_every_built_in_backend_of_a_cpu_is_under_the_kit_here() -> None:
+    ours = [b for b in discover().backends if b.source.distribution == "attnbench"]
+    classes = [kit.backend for kit in BackendConformance.__subclasses__() if kit.__module__ == __name__]
+    assert {b.name for b in ours if b.device == "cpu"} == {b.name for b in classes}
+
+
+@pytest.mark.parametrize("backend", [GemmRef("cuda"), GemmRef("npu"), Sdpa("cuda"), NpuFusedAttention()], ids=str)
+def test_a_built_in_of_another_device_is_a_backend_and_skips_with_its_reason(backend: Backend) -> None:
+    """Where the device is there, so are its tests: `attnbench plugins check` runs them."""
+    reason = backend.unavailable()
+    if reason is None:
+        pytest.skip(f"a {backend.device} is there")
+    kit = BackendConformance()
+    kit.backend = backend
+    found = {name: _run(kit, name, of) for name, of in every_test() if of in ("", "fp16")}
+    ran = {name for name, how in found.items() if how["outcome"] != "skipped"}
+    assert ran == {"is_a_backend", "says_whether_it_is_available"}
+    assert all(found[name]["outcome"] == "passed" for name in ran)
+    assert all(how["words"] for name, how in found.items() if name not in ran)
 
 
 def test_a_skip_gives_the_backends_own_reason() -> None:

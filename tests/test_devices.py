@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attnbench import devices
-from attnbench.devices import DeviceInfo, Reading, cpu, cuda, npu
+from attnbench.devices import DeviceInfo, Reading, cpu, cuda, events, npu
 from attnbench.devices.cpu import DEFAULT_CACHE_BYTES, CpuDevice, cpu_name, last_level_cache_bytes
 from attnbench.devices.cuda import CudaDevice
 from attnbench.devices.events import EventTimer
@@ -47,7 +47,7 @@ def test_host_us_on_a_cpu_is_the_time_of_the_call():
 
 
 def test_a_cpu_call_takes_more_than_no_time(monkeypatch):
-    monkeypatch.setattr(time, "perf_counter_ns", lambda: 7)
+    monkeypatch.setattr(cpu, "_CLOCK", lambda: 7)
     assert CpuDevice().time_calls(lambda: OUT, 2, cold=False) == [1e-3, 1e-3]
 
 
@@ -63,13 +63,37 @@ def test_a_cold_call_comes_after_an_untimed_flush_and_a_hot_one_does_not(monkeyp
         journal.append("clock")
         return next(now)
 
-    monkeypatch.setattr(time, "perf_counter_ns", clock)
+    monkeypatch.setattr(cpu, "_CLOCK", clock)
     call = lambda: journal.append("call")  # noqa: E731
     assert Watched().time_calls(call, 2, cold=True) == [1.0, 1.0]
     assert journal == ["flush", "clock", "call", "clock"] * 2
     journal.clear()
     Watched().time_calls(call, 2, cold=False)
     assert journal == ["clock", "call", "clock"] * 2
+
+
+class Journalled:
+    """An exercise that writes down when it changes the inputs."""
+
+    def __init__(self, journal):
+        self.journal = journal
+
+    def before(self, index):
+        self.journal.append("change")
+
+    def after(self, index, output):
+        pass
+
+
+def test_a_flush_comes_before_the_inputs_change_so_that_nothing_can_work_on_them_meanwhile(monkeypatch):
+    journal = []
+    monkeypatch.setattr(CpuDevice, "flush_cache", lambda self: journal.append("flush"))
+    CpuDevice().time_calls(lambda: journal.append("call"), 2, cold=True, exercise=Journalled(journal))
+    assert journal == ["flush", "change", "call"] * 2
+    api = Api()
+    Timer(api).time_calls(lambda: api.launch(1.0), 9, cold=True, exercise=Journalled(api.journal))
+    assert api.journal[:5] == ["flush", "change", "record", "call", "record"]
+    assert api.journal.count("change") == 2
 
 
 def test_a_flush_writes_twice_the_last_level_cache(monkeypatch):
@@ -243,7 +267,7 @@ def test_a_cold_call_is_flushed_outside_its_events():
 def test_host_us_starts_each_call_with_an_empty_queue(monkeypatch):
     api = Api()
     now = iter([0, 4000, 10_000, 17_500])
-    monkeypatch.setattr(time, "perf_counter_ns", lambda: next(now))
+    monkeypatch.setattr(events, "_CLOCK", lambda: next(now))
     assert Timer(api).host_us(lambda: api.launch(99.0), 2) == [4.0, 7.5]
     assert api.journal == ["synchronize", "call"] * 2 + ["synchronize"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import inspect
 import re
 import runpy
@@ -161,7 +162,9 @@ def signature(name: str, function: Callable[..., object]) -> str:
     for p in found.parameters.values():
         if p.kind is p.KEYWORD_ONLY and "*" not in shown:
             shown.append("*")
-        default = _Written(p.default) if isinstance(p.default, enum.Enum) else p.default
+        default = p.default
+        if isinstance(default, enum.Enum):
+            default = _Written(f"{type(default).__name__}.{default.name}")
         annotation = p.annotation if p.annotation is p.empty else _Written(p.annotation)
         shown.append(str(p.replace(annotation=annotation, default=default)))
     result = "" if found.return_annotation is found.empty else f" -> {_Written(found.return_annotation)!r}"
@@ -177,11 +180,20 @@ def public_signatures() -> Iterator[str]:
         for name in sorted(module.__all__):
             item = getattr(module, name)
             if inspect.isclass(item) and item is not testing.BackendConformance:
-                if item is not attnbench.Backend:  # a protocol, which nobody calls
+                if item is attnbench.Backend:  # a protocol, which nobody calls
+                    yield from (f"Backend.{field}: {kind}" for field, kind in item.__annotations__.items())
+                else:
                     yield signature(f"{prefix}{name}", item)
-                for method, function in vars(item).items():
-                    if inspect.isfunction(function) and not method.startswith("_"):
-                        yield signature(f"{prefix}{name}.{method}", function)
+                for member, value in vars(item).items():
+                    if member.startswith("_"):
+                        continue
+                    if inspect.isfunction(value):
+                        yield signature(f"{prefix}{name}.{member}", value)
+                    elif isinstance(value, classmethod):
+                        yield signature(f"{prefix}{name}.{member}", getattr(item, member))
+                    elif isinstance(value, (property, functools.cached_property)):
+                        getter = value.fget if isinstance(value, property) else value.func
+                        yield f"{prefix}{name}.{member}: {_Written(getter.__annotations__['return'])!r}"
             elif inspect.isfunction(item):
                 yield signature(f"{prefix}{name}", item)
 

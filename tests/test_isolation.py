@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from attnbench import spot
+from attnbench import processes, spot
 from attnbench.isolation import IsolatedWorker
 from attnbench.patches import Patch
 from attnbench.problem import Problem
@@ -212,12 +213,15 @@ ENDS = [
 def test_every_end_has_its_status_and_the_next_phase_a_fresh_process(worker, name, status, reason):
     made = worker(name, 0.5 if status is Status.TIMEOUT else 60.0)
     made.prepare(PROBLEM, INPUTS)
+    first = made._child
     with pytest.raises(CaseFailed) as caught:
         made.output()
     assert caught.value.status is status
     assert caught.value.reason.startswith(reason)
     made.begin()
     assert made.unsupported(PROBLEM) is None
+    # What merely raised goes on; what hung, and what answered for itself, may still be at it.
+    assert (made._child is first) is (status in (Status.RUNTIME_ERROR, Status.OOM))
 
 
 def test_a_right_backend_is_right_through_shared_memory_and_reads_renewed_inputs(worker):
@@ -234,6 +238,63 @@ def test_a_right_backend_is_right_through_shared_memory_and_reads_renewed_inputs
         assert spot.fault(PROBLEM, make_inputs(PROBLEM, 1), output, 1e-5, 0, Patch.of(PROBLEM, 3, call)) == ""
     assert spot.fault(PROBLEM, make_inputs(PROBLEM, 1), timed.outputs[0], 1e-5, 0, Patch.of(PROBLEM, 3, 6)) != ""
     assert made.warm_up(0.001, 5) > 0
+
+
+def test_a_worker_that_ends_its_keeper_goes_with_it_and_is_told(worker):
+    """It could not be stopped any more while the others are timed."""
+    made = worker("fine")
+    made.prepare(PROBLEM, INPUTS)
+    below = list(processes.descendants(made._child._keeper.pid))
+    assert below
+    os.kill(made._child._keeper.pid, signal.SIGKILL)
+    made.pause()
+    assert_gone(below)
+    with pytest.raises(CaseFailed) as caught:
+        made.begin()
+    assert caught.value.status is Status.CRASHED
+    assert caught.value.reason == "its process was killed by SIGKILL (out of memory?)"
+    made.begin()
+    assert made.unsupported(PROBLEM) is None
+
+
+def test_a_process_that_cannot_be_stopped_is_ended(worker, monkeypatch):
+    made = worker("fine")
+    monkeypatch.setattr(made._child, "order", lambda order: False)
+    made.pause()
+    with pytest.raises(CaseFailed) as caught:
+        made.begin()
+    assert (caught.value.status, caught.value.reason) == (
+        Status.CRASHED,
+        "its process could not be stopped while others are timed",
+    )
+
+
+def test_a_process_that_cannot_be_started_is_unavailable_and_ends_nothing_else(tmp_path):
+    made = IsolatedWorker(info("fine"), 60.0, python=str(tmp_path / "python"))
+    for _ in range(2):
+        with pytest.raises(CaseFailed) as caught:
+            made.begin()
+        assert caught.value.status is Status.UNAVAILABLE
+        assert caught.value.reason == "its process cannot be started: No such file or directory"
+    made.pause()
+    made.close()
+
+
+def test_the_memory_of_a_problem_is_given_back_on_both_sides(worker):
+    made = worker("fine")
+    (served,) = processes.descendants(made._child._keeper.pid)
+
+    def shared(pid):
+        links = (os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir())
+        return sum("memfd:attnbench" in link for link in links)
+
+    for _ in range(3):
+        made.prepare(PROBLEM, INPUTS)
+        made.output()
+        assert (shared(os.getpid()), shared(served)) == (2, 1)  # an mmap of Python's has a descriptor of its own
+        made.release()
+        assert made.unsupported(PROBLEM) is None
+        assert (shared(os.getpid()), shared(served)) == (0, 0)
 
 
 def test_a_twin_is_prepared_beside_the_first(worker):

@@ -6,19 +6,23 @@ import ast
 import json
 import os
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from helpers import BareVenv
 
 from attnbench import scaffold
+from attnbench.discovery import discover
 from attnbench.errors import AttnbenchError
+from attnbench.sources import digest
 
 MINUTES = 10
 """What the path from nothing to a published table may take."""
 TINY = ("--seqlen-q", "64", "--seqlen-k", "128", "--head-dim", "64", "--protocol", "fixed", "--iters", "4")
 
-DEVICES = {"torch": ["cpu", "cuda"], "cpp": ["cpu"], "cuda": ["cuda"], "triton": ["cuda"], "pto": ["npu"]}
+DEVICES = {"torch": ["cpu", "cuda", "npu"], "cpp": ["cpu"], "cuda": ["cuda"], "triton": ["cuda"], "pto": ["npu"]}
 WHY_NOT = {
     "cuda": r"torch sees no CUDA device|this torch is built without CUDA",
     "triton": r"torch sees no CUDA device",
@@ -31,15 +35,19 @@ def test_a_persons_path_from_nothing_to_a_table_takes_less_than_ten_minutes(bare
     """Install, new-plugin, list, run, conformance, report: as the README and the generated one say."""
     before = len(bare.steps)
     bare.run("attnbench", "new-plugin", "my-flash", cwd=tmp_path)
-    bare.run("python", "-m", "pip", "install", "-q", "-e", "./my-flash[test]", cwd=tmp_path)
-    assert "my_flash" in bare.run("attnbench", "list", cwd=tmp_path).out
-    table = bare.run("attnbench", "run", "--backends", "my_flash,sdpa", "--suite", "smoke", cwd=tmp_path).out
-    assert "### my_flash vs sdpa" in table
-    assert "failed" not in bare.run("attnbench", "plugins", "check", "my_flash", cwd=tmp_path).out
-    tests = bare.run("python", "-m", "pytest", "-q", cwd=tmp_path / "my-flash").out
+    package = tmp_path / "my-flash"
+    said = re.search(r"^```sh\n(.*?)^```$", (package / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert said is not None
+    commands = [shlex.split(line, comments=True) for line in said[1].splitlines()]
+    assert [words[0] for words in commands] == ["pip", "attnbench", "pytest", "attnbench", "attnbench"]
+    assert commands.pop() == [*commands[3], "--watch"]  # which ends with a person; tests/test_cli.py tries it
+    _, listed, tests, table = (bare.run(*words, cwd=package).out for words in commands)
+    assert "my_flash" in listed
     assert re.search(r"\d+ passed", tests)
-    (run,) = (tmp_path / "reports").iterdir()
-    assert "### my_flash vs sdpa" in bare.run("attnbench", "report", run, cwd=tmp_path).out
+    assert "### my_flash vs sdpa" in table
+    assert "FAILED" not in bare.run("attnbench", "plugins", "check", "my_flash", cwd=package).out
+    (run,) = (package / "reports").iterdir()
+    assert "### my_flash vs sdpa" in bare.run("attnbench", "report", run, cwd=package).out
     rows = (run / "results.csv").read_text().splitlines()
     assert sum(",my_flash," in row and ",PASSED," in row for row in rows) == 3
 
@@ -68,6 +76,26 @@ def test_every_kind_installs_runs_and_passes_its_tests(bare: BareVenv, tmp_path:
     ended = bare.run("attnbench", "run", "--backends", name, *TINY, "--out", out, cwd=tmp_path, code=3)
     assert f"{name} UNAVAILABLE" in ended.err
     assert re.search(WHY_NOT[kind], (out / "results.csv").read_text())
+
+
+@pytest.mark.parametrize("kind", scaffold.KINDS)
+def test_an_edit_of_any_source_changes_what_a_run_records(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--watch and --resume go by it."""
+    monkeypatch.setenv("PYTHONPATH", str(folder / "site"))
+    scaffold.create(f"{kind}-own", kind, Path())
+    shutil.copytree(f"{kind}-own/{kind}_own", f"site/{kind}_own")
+    info = Path("site", f"{kind}_own-1.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {kind}-own\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[attnbench.backends]\n{kind}_own = {kind}_own.backend\n")
+    (plugin,) = (p for p in discover().plugins if p.source.name == f"{kind}_own")
+    assert plugin.error is None
+    for path in Path("site", f"{kind}_own").iterdir():
+        before = digest(plugin.sources)
+        path.write_text(path.read_text() + "\n")
+        assert digest(plugin.sources) != before, path
 
 
 @pytest.mark.parametrize("kind", scaffold.KINDS)
@@ -107,6 +135,13 @@ def test_a_name_that_python_has_already_is_refused(cli, name: str) -> None:
     answer = cli("new-plugin", name)
     assert answer.code == 2
     assert f"Python has something called {name} already" in answer.problem
+
+
+@pytest.mark.parametrize("name", ["jit-flash", "sdpa", "gemm_ref"])
+def test_a_name_that_a_plugin_has_already_is_refused(cli, name: str) -> None:
+    answer = cli("new-plugin", name)
+    assert answer.code == 2
+    assert f"a plugin called {name.replace('-', '_')} is installed already" in answer.problem
 
 
 def test_a_folder_that_is_there_stays_as_it_is(cli) -> None:

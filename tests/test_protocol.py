@@ -148,6 +148,21 @@ def test_fixed_deals_its_iterations_out_evenly_over_blocks_of_at_least_20(iters,
     assert max(sizes) - min(sizes) <= 1
 
 
+def test_many_warm_ups_are_asked_for_in_pieces_whose_answers_are_no_larger_than_a_rounds():
+    lane = Lane(times=(1.0,))
+    go([lane], Protocol(name="fixed", warmup=2 * MAX_CALLS + 5, iters=20))
+    pieces = [count for _, count, _ in lane.journal[:3]]
+    assert sum(pieces) == 2 * MAX_CALLS + 5
+    assert max(pieces) <= MAX_CALLS
+    assert lane.journal[3][1] == "host"
+
+
+@pytest.mark.parametrize("name", ["warmup", "iters"])
+def test_more_calls_than_can_be_kept_are_refused(name):
+    with pytest.raises(AttnbenchError, match=f"--{name} must be a whole number from . to 1,000,000, not 1000001"):
+        Protocol(name="fixed", **{name: 1_000_001})
+
+
 def test_without_warm_ups_fixed_asks_for_none():
     lane = Lane()
     go([lane], Protocol(name="fixed", warmup=0, iters=20))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -27,12 +26,8 @@ def test_the_plugin_is_about_twenty_lines() -> None:
     assert len([line for line in _block("python").splitlines() if line.strip()]) <= 20
 
 
-def test_the_plugin_installs_runs_and_passes(tmp_path: Path) -> None:
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "my_attention.py").write_text(_block("python"))
-    (tmp_path / "package" / "pyproject.toml").write_text(_block("toml"))
-    install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
-    subprocess.run([sys.executable, *install, str(tmp_path / "package")], check=True, cwd=tmp_path)
+def test_the_plugin_runs_and_passes(tmp_path: Path) -> None:
+    (tmp_path / "my_attention.py").write_text(_block("python"))
     done = subprocess.run(
         [
             sys.executable,
@@ -40,14 +35,13 @@ def test_the_plugin_installs_runs_and_passes(tmp_path: Path) -> None:
             "attnbench.cli",
             "run",
             "--backends",
-            "my_attention",
+            "my_attention.py:MyAttention",
             "--suite",
             "smoke",
             "--budget",
             "0.1",
         ],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
         capture_output=True,
         text=True,
     )

@@ -6,6 +6,7 @@ Discovery's processes are test_discovery.py's; most tests here leave attnbench's
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pluggy
 import pytest
 from helpers import PluginFolder
 
@@ -51,6 +53,30 @@ def test_the_hooks_are_exactly_these_and_take_no_argument() -> None:
     assert [f.__name__ for f in hooks] == ["attnbench_backends", "attnbench_suites"]
     assert all(not inspect.signature(f).parameters and f.__doc__ for f in hooks)
     assert not any(vars(f)["attnbench_spec"]["firstresult"] for f in hooks)
+
+
+def test_a_hook_that_gains_an_argument_still_calls_plugins_that_do_not_take_it(plugins: PluginFolder) -> None:
+    """What docs/plugins.md promises of later versions, by how pluggy calls."""
+
+    class Later:
+        @hookspecs.hookspec
+        def attnbench_backends(self, devices: list[str]) -> list[object]:  # type: ignore[empty-body]
+            """As it may be one day."""
+
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(Later)
+    module = importlib.import_module(plugins.backends('[Toy("toy")]'))
+    manager.register(module)
+    (found,) = manager.hook.attnbench_backends(devices=["cpu"])
+    assert [backend.name for backend in found] == ["toy"]
+
+
+def test_a_plugin_for_this_version_and_a_later_one_is_no_failure(plugins: PluginFolder) -> None:
+    plugins.backends('[Toy("toy")]')
+    (file,) = plugins.path.glob("*.dist-info/entry_points.txt")
+    file.write_text(f"{file.read_text()}[attnbench.backends.v2]\ntoy = nowhere\n")
+    found = [p for p in discover().plugins if p.source.name == "toy"]
+    assert [(p.error, p.source.group) for p in found] == [(None, "attnbench.backends")]
 
 
 def test_built_in_plugins_load_in_order_with_their_backends(built_in: Catalogue) -> None:

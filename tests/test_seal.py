@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import signal
+import threading
 import time
 
 import pytest
@@ -20,6 +23,9 @@ def test_what_nobody_changed_is_whole():
 CHANGES = [
     (time, "perf_counter_ns", "it changed time.perf_counter_ns"),
     (time, "sleep", "it changed time.sleep"),
+    (signal, "setitimer", "it changed signal.setitimer"),
+    (gc, "disable", "it changed gc.disable"),
+    (threading, "current_thread", "it changed threading.current_thread"),
     (worker.Worker, "time_calls", "it changed attnbench.worker.Worker.time_calls"),
     (CpuDevice, "synchronize", "it changed attnbench.devices.cpu.CpuDevice.synchronize"),
     (spot, "fault", "it changed attnbench.spot.fault"),

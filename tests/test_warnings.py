@@ -51,6 +51,22 @@ def test_a_wide_interval_is_noisy_and_the_widest_is_named() -> None:
     assert two.startswith("noisy: jit_flash on b1-h1-q128-k1024-d128-fp16 is known to ±36% only, and 1 more are wider")
 
 
+@pytest.mark.parametrize(
+    ("protocol", "advice"),
+    [
+        ({"name": "adaptive", "budget_s": 20.0}, "--budget 60"),
+        ({"name": "adaptive", "budget_s": 120.0}, "--budget 240"),
+        ({"name": "fixed", "budget_s": 120.0}, "--budget 60"),
+        (None, "--budget 60"),
+    ],
+)
+def test_a_noisy_run_is_told_to_take_more_time_than_it_had(protocol: object, advice: str) -> None:
+    results = (passed("sdpa", (20.0,), (24.0,), (18.0,), (21.0,), (20.0,)),)
+    record = Record(Path("r"), tuple(row(r, DEVICE) for r in results), DEVICE, results, {"protocol": protocol})
+    (words,) = map(str, warnings.of(record))
+    assert words.endswith(advice)
+
+
 @pytest.mark.parametrize(("growth", "warned"), [(1.24, True), (1.26, False)])
 def test_a_time_that_stays_flat_while_work_grows_is_told(growth: float, warned: bool) -> None:
     small = passed("jit_flash", *STEADY)

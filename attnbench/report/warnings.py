@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from attnbench.result import Conditions
 from attnbench.rows import Row
 from attnbench.store import Record
 
+NEXT_BUDGET_S = 60.0
 NOISY_SHARE = 0.05
 """Half-width of a time's 95% interval, relative, from which on it is called noisy."""
 FLAT_RATIO, FLAT_WORK = 1.25, 4.0
@@ -26,12 +28,14 @@ class Noisy:
     worst: float
     kernel: str
     case: str
+    budget_s: float
+    """What to try next."""
 
     def __str__(self) -> str:
         more = f", and {self.count - 1} more are wider than ±{NOISY_SHARE:.0%}" if self.count > 1 else ""
         return (
             f"noisy: {self.kernel} on {self.case} is known to ±{self.worst:.0%} only{more}: "
-            "close other programs or try --protocol adaptive --budget 60"
+            f"close other programs or try --protocol adaptive --budget {self.budget_s:g}"
         )
 
 
@@ -114,7 +118,7 @@ def of(record: Record) -> list[Warning]:
     timed = [row for row in record.rows if row["time_us"] is not None]
     return [
         *_throttled_or_disturbed(_conditions(record)),
-        *_noisy(timed),
+        *_noisy(timed, _next_budget_s(record.header)),
         *_one_block(timed),
         *_launch_bound(timed),
         *_host_bound(timed),
@@ -145,14 +149,21 @@ def _throttled_or_disturbed(conditions: Sequence[Conditions]) -> Iterator[Warnin
         yield Disturbed(dropped, kept, sum(c.rounds + c.rounds_dropped for c in conditions), tuple(causes))
 
 
-def _noisy(rows: Sequence[Row]) -> Iterator[Warning]:
+def _next_budget_s(header: Mapping[str, Any]) -> float:
+    """Twice what an adaptive run had, and no less than is worth a second try."""
+    protocol = header.get("protocol")
+    had = protocol.get("budget_s") if isinstance(protocol, dict) and protocol.get("name") == "adaptive" else None
+    return max(NEXT_BUDGET_S, 2 * had) if isinstance(had, (int, float)) else NEXT_BUDGET_S
+
+
+def _noisy(rows: Sequence[Row], budget_s: float) -> Iterator[Warning]:
     widths = [
         ((row["ci95_high_us"] / row["ci95_low_us"]) ** 0.5 - 1, row["kernel"], row["case_id"])
         for row in rows
         if row["ci95_low_us"] is not None and row["ci95_high_us"] is not None
     ]
     if wide := [item for item in widths if item[0] > NOISY_SHARE]:
-        yield Noisy(len(wide), *max(wide))
+        yield Noisy(len(wide), *max(wide), budget_s)
 
 
 def _one_block(rows: Sequence[Row]) -> Iterator[Warning]:

@@ -6,10 +6,8 @@ from my_flash.backend import attnbench_backends
 from attnbench.testing import BackendConformance
 
 
-@pytest.fixture(params=attnbench_backends(), ids=lambda backend: backend.device, scope="class", autouse=True)
-def backend(request):
-    request.cls.backend = request.param
-
-
+@pytest.mark.parametrize("which", attnbench_backends(), ids=lambda backend: backend.device, scope="class")
 class TestMyFlash(BackendConformance):
-    pass
+    @pytest.fixture(autouse=True)
+    def backend(self, which):
+        self.backend = which

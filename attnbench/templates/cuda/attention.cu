@@ -23,20 +23,32 @@ __global__ void attention(const T* q, const T* k, const T* v, T* out, int rows, 
         const int d = i * LANES + lane;
         query[i] = d < head_dim ? float(q[(long long)row * head_dim + d]) * scale : 0;
     }
-    for (int j = 0; j < seen; ++j) {
-        const T* key = k + (head_kv * seqlen_k + j) * head_dim;
-        const T* value = v + (head_kv * seqlen_k + j) * head_dim_v;
-        float score = 0;
-        for (int i = 0; i < EACH; ++i)
-            if (const int d = i * LANES + lane; d < head_dim) score += query[i] * float(key[d]);
-        for (int other = LANES / 2; other; other /= 2) score += __shfl_xor_sync(~0u, score, other);
-        const float before = largest;
-        largest = fmaxf(largest, score);
-        const float shrink = expf(before - largest), weight = expf(score - largest);
-        sum = sum * shrink + weight;
-        for (int i = 0; i < EACH; ++i)
-            if (const int d = i * LANES + lane; d < head_dim_v)
-                weighted[i] = weighted[i] * shrink + weight * float(value[d]);
+    for (int start = 0; start < seen; start += LANES) {  // a key a lane; sums of so few rescale less and round less
+        const int keys = min(LANES, seen - start);
+        const T* key = k + (head_kv * seqlen_k + start) * head_dim;
+        const T* value = v + (head_kv * seqlen_k + start) * head_dim_v;
+        float mine = -INFINITY;
+        for (int j = 0; j < keys; ++j) {
+            float score = 0;
+            for (int i = 0; i < EACH; ++i)
+                if (const int d = i * LANES + lane; d < head_dim) score += query[i] * float(key[j * head_dim + d]);
+            for (int other = LANES / 2; other; other /= 2) score += __shfl_xor_sync(~0u, score, other);
+            if (j == lane) mine = score;
+        }
+        float top = mine;
+        for (int other = LANES / 2; other; other /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, other));
+        top = fmaxf(top, largest);
+        const float shrink = expf(largest - top), weight = expf(mine - top);
+        largest = top;
+        float part[EACH] = {}, part_sum = weight;
+        for (int other = LANES / 2; other; other /= 2) part_sum += __shfl_xor_sync(~0u, part_sum, other);
+        for (int j = 0; j < keys; ++j) {
+            const float its = __shfl_sync(~0u, weight, j);
+            for (int i = 0; i < EACH; ++i)
+                if (const int d = i * LANES + lane; d < head_dim_v) part[i] += its * float(value[j * head_dim_v + d]);
+        }
+        sum = sum * shrink + part_sum;
+        for (int i = 0; i < EACH; ++i) weighted[i] = weighted[i] * shrink + part[i];
     }
     for (int i = 0; i < EACH; ++i)  // a query that sees no key gives zeros
         if (const int d = i * LANES + lane; d < head_dim_v)

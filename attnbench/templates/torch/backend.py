@@ -1,4 +1,4 @@
-"""my_flash: attention in torch, on any device that torch knows. Replace what `prepare` returns by your own."""
+"""my_flash: attention in torch. Replace what `prepare` returns by your own."""
 
 import torch
 
@@ -9,13 +9,18 @@ class MyFlash(Backend):
     name = "my_flash"
     summary = "two matmuls and a softmax, in torch"
 
-    def __init__(self, device):
+    def __init__(self, device="cpu"):
         self.device = device
 
     def unavailable(self):
         """Why this machine cannot run it; None where it can."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "torch sees no CUDA device: it takes an NVIDIA GPU and a CUDA build of torch"
+        if self.device == "npu":
+            try:
+                import torch_npu  # noqa: F401
+            except ImportError:
+                return "torch_npu is not installed: on an Ascend machine, pip install torch-npu"
         return None
 
     def unsupported(self, problem):
@@ -53,4 +58,4 @@ class MyFlash(Backend):
 
 @hookimpl
 def attnbench_backends():
-    return [MyFlash("cpu"), MyFlash("cuda")]
+    return [MyFlash("cpu"), MyFlash("cuda"), MyFlash("npu")]

@@ -52,6 +52,7 @@ class MyFlash(Backend):
             )
             return out
 
+        attend()  # which compiles it
         return attend
 
 
