@@ -280,9 +280,9 @@ def _shown(value: object) -> str:
     try:
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(_shown, value))}]"
-        name = getattr(value, "name", None)
-        if isinstance(name, str):
-            return " on ".join([name, *([value.device] if isinstance(getattr(value, "device", None), str) else [])])
+        names = [getattr(value, name, None) for name in ("name", "device")]  # of a backend both, of a suite the first
+        if names[0] is not None:
+            return " on ".join(name for name in names if isinstance(name, str))
         return reprlib.repr(value)
     except Exception:
         return f"a {type(value).__name__}"

@@ -155,7 +155,7 @@ def paced_median(times_us: Sequence[float], rounds: Sequence[Round]) -> float:
     to all of them changes no ratio; of two backends the ratio of these is the median of the rounds' ratios.
     """
     medians = round_medians(times_us, [item.calls for item in rounds])
-    return math.exp(statistics.median(math.log(median / item.pace) for median, item in zip(medians, rounds)))
+    return stats.geometric_median([median / item.pace for median, item in zip(medians, rounds)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def digest(places: Iterable[str]) -> str:
 
 def snapshot(places: Iterable[str]) -> dict[Path, tuple[int, ...]]:
     """What tells whether a file at or below `places` was written, without reading it."""
-    found = {}
+    found: dict[Path, tuple[int, ...]] = {}
     for path in files(places):
         with contextlib.suppress(OSError):  # gone since
             facts = path.stat()

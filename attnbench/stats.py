@@ -105,6 +105,12 @@ def around(value: float, half: float) -> tuple[float, float]:
     return value / factor, value * factor
 
 
+def geometric_median(values: Sequence[float]) -> float:
+    """The median on a logarithmic scale: of an even number the geometric mean of the middle two."""
+    ordered = sorted(values)
+    return geometric_mean(ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1])
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     """exp of the mean logarithm; the mean that fits ratios. Equal values give that value, to the last bit."""
     first = values[0]

@@ -179,9 +179,9 @@ def test_fixed_ends_with_its_blocks_whatever_they_say():
 
 
 @pytest.mark.parametrize(
-    ("call_us", "calls"), [(1.0, MAX_CALLS), (20.0, MAX_CALLS), (100.0, 1000), (10_000.0, 10), (1e6, MIN_CALLS)]
+    ("call_us", "calls"), [(1.0, MAX_CALLS), (10.0, MAX_CALLS), (100.0, 1000), (10_000.0, 10), (1e6, MIN_CALLS)]
 )
-def test_an_adaptive_round_lasts_100_ms_within_2_and_5000_calls(call_us, calls):
+def test_an_adaptive_round_lasts_100_ms_within_2_and_10000_calls(call_us, calls):
     lane = Lane(times=(call_us,))
     found = go([lane], Protocol())
     assert [count for _, count, _ in rounds_of(lane.journal)] == [calls] * ROUNDS
@@ -393,11 +393,11 @@ def test_make_protocol_gives_what_was_asked_for(options, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"iters": 0}, "--iters must be a whole number of at least 1, not 0"),
-        ({"iters": -1}, "--iters must be a whole number of at least 1, not -1"),
-        ({"iters": 1.5}, "--iters must be a whole number of at least 1, not 1.5"),
-        ({"iters": True}, "--iters must be a whole number of at least 1, not True"),
-        ({"warmup": -1}, "--warmup must be a whole number of at least 0, not -1"),
+        ({"iters": 0}, "--iters must be a whole number from 1 to 1,000,000, not 0"),
+        ({"iters": -1}, "--iters must be a whole number from 1 to 1,000,000, not -1"),
+        ({"iters": 1.5}, "--iters must be a whole number from 1 to 1,000,000, not 1.5"),
+        ({"iters": True}, "--iters must be a whole number from 1 to 1,000,000, not True"),
+        ({"warmup": -1}, "--warmup must be a whole number from 0 to 1,000,000, not -1"),
         ({"budget_s": 0}, "--budget must be a number of seconds above 0, not 0"),
         ({"budget_s": -1}, "--budget must be a number of seconds above 0, not -1"),
         ({"budget_s": float("nan")}, "--budget must be a number of seconds above 0, not nan"),

@@ -373,7 +373,10 @@ def test_of_one_problem_the_detectable_difference_is_its_own_and_without_interva
 
 @pytest.mark.parametrize(
     ("statistic", "words"),
-    [("median", "the geometric mean of its blocks' medians"), ("mean", "the mean of all its calls")],
+    [
+        ("median", "the geometric mean of its blocks' medians, corrected for the machine's pace"),
+        ("mean", "the mean of all its calls"),
+    ],
 )
 def test_the_caption_says_what_a_time_is_and_which_levels_hold(statistic: str, words: str) -> None:
     tables = Tables(record(at(1, "sdpa", 10.0, 10.1, timing={"statistic": statistic})))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnbench import stats
-from attnbench.stats import Ratio, geometric_mean, half_width, percentile, ratio_of_blocks, t_quantile
+from attnbench.stats import Ratio, geometric_mean, geometric_median, half_width, percentile, ratio_of_blocks, t_quantile
 
 # Two-sided, from printed tables of Student's t.
 T_TABLE = {
@@ -115,3 +115,10 @@ def test_geometric_mean_is_the_mean_of_ratios():
 
 def test_tables_show_95_percent():
     assert stats.SHOWN_LEVEL == 0.95
+
+
+def test_a_geometric_median_is_the_middle_one_or_the_geometric_mean_of_the_middle_two():
+    assert geometric_median([7.0, 1.0, 3.0]) == 3.0
+    assert geometric_median([8000.0, 40.0, 8000.0, 40.0]) == pytest.approx(math.sqrt(8000.0 * 40.0))
+    assert geometric_median([5.0]) == 5.0
+    assert geometric_median([0.1, 0.1]) == 0.1

@@ -25,11 +25,11 @@ class Device:
 def seen(monkeypatch):
     """What a round gives in which these ticks of 1000 were others' and stolen."""
 
-    def make(others: int, steal: int, *readings: Reading) -> Seen:
+    def make(others: int, steal: int, *readings: Reading, processors: int = 8) -> Seen:
         loads = iter(
             [
-                Load(total=0, idle=0, steal=0, own=0),
-                Load(total=1000, idle=500 - others - steal, steal=steal, own=500),
+                Load(processors=processors, total=0, idle=0, steal=0, own=0),
+                Load(processors=processors, total=1000, idle=500 - others - steal, steal=steal, own=500),
             ]
         )
         monkeypatch.setattr(contention, "sample", lambda: next(loads))
@@ -54,6 +54,12 @@ def test_a_tenth_of_load_and_a_twentieth_of_steal_are_borne(seen, others, steal,
     found = seen(others, steal)
     assert found.causes == causes
     assert (found.load, found.steal) == (others / 1000, steal / 1000)
+
+
+@pytest.mark.parametrize(("processors", "borne"), [(2, 100), (10, 100), (64, 15)])
+def test_of_many_processors_others_may_have_one_at_most(seen, processors, borne):
+    assert seen(borne, 0, processors=processors).causes == ()
+    assert seen(borne + 1, 0, processors=processors).causes == ("other programs",)
 
 
 def test_a_device_that_throttles_before_or_after_disturbs_the_round(seen):

@@ -131,20 +131,21 @@ def compare(folder: Path, title: str, contender: str, wanted: int, budget_s: flo
             if base.conditions is not None:
                 dropped += base.conditions.rounds_dropped
                 rounds += base.conditions.rounds
-        print(f"  {title}: {verdicts.total()} of {wanted}, {dict(verdicts)}", file=sys.stderr, flush=True)
-    ratios.sort()
-    detectable.sort()
-    middle = len(ratios) // 2
-    facts = {
-        "comparisons": len(ratios),
-        **{verdict: verdicts[verdict] for verdict in ("faster", "tie", "slower")},
-        "ratio: median, least, most": [round(ratios[i], 4) for i in (middle, 0, -1)],
-        "detectable: median, most": [round(detectable[i], 4) for i in (middle, -1)],
-        "blocks: mean": round(sum(blocks) / len(blocks), 1),
-        "rounds kept, dropped": [rounds, dropped],
-        "seconds": round(time.monotonic() - start_s),
-    }
-    print(f"{title} ({contender} against original, budget {budget_s:g} s): {json.dumps(facts)}", flush=True)
+        ratios.sort()
+        detectable.sort()
+        middle = len(ratios) // 2
+        facts = {
+            "comparisons": len(ratios),
+            **{verdict: verdicts[verdict] for verdict in ("faster", "tie", "slower")},
+            "ratio: median, least, most": [round(ratios[i], 4) for i in (middle, 0, -1)],
+            "detectable: median, most": [round(detectable[i], 4) for i in (middle, -1)],
+            "blocks: mean": round(sum(blocks) / len(blocks), 1),
+            "rounds kept, dropped": [rounds, dropped],
+            "seconds": round(time.monotonic() - start_s),
+        }
+        words = f"{title} ({contender} against original, budget {budget_s:g} s): {json.dumps(facts)}"
+        print(f"so far, of {wanted}: {words}", file=sys.stderr, flush=True)  # an interrupt loses none of it
+    print(words, flush=True)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ class EventTimer:
 
     def __init__(self, api: Any, torch_device: str) -> None:
         self._api = api
-        """torch.cuda or torch.npu."""
+        """torch.cuda or torch.npu; None where there is no such module."""
         # Taken before any plugin is imported: a plugin that replaces them later changes nothing here.
-        self._event, self._synchronize = api.Event, api.synchronize
+        self._event: Any = getattr(api, "Event", None)
+        self._synchronize: Any = getattr(api, "synchronize", None)
         self._torch_device = torch_device
 
     def synchronize(self) -> None:

@@ -262,7 +262,11 @@ class Tables:
         if not shown:
             return ""
         median = shown[0]["statistic"] == "median"
-        over = "the geometric mean of its blocks' paced medians" if median else "the mean of all its calls"
+        over = (
+            "the geometric mean of its blocks' medians, corrected for the machine's pace"
+            if median
+            else "the mean of all its calls"
+        )
         return f" A time is {over}; {LEVELS}, both t-intervals over blocks."
 
 

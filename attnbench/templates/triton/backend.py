@@ -29,6 +29,8 @@ class MyFlash(Backend):
             return "forward only"
         if problem.window is not None:
             return "no sliding windows"
+        if problem.dtype == "fp32":
+            return "the kernel reads fp16 and bf16, not fp32"
         if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
             return f"no head_dim above {MAX_HEAD_DIM}"
         return None

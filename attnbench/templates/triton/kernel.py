@@ -8,9 +8,9 @@ import triton.language as tl
 
 
 def launch_options(problem):
-    """Tile sizes and what else the kernel is specialised for: tiles shrink as head_dim and the dtype grow."""
+    """Tile sizes and what else the kernel is specialised for: tiles shrink as head_dim grows."""
     dims = [max(16, triton.next_power_of_2(dim)) for dim in (problem.head_dim, problem.head_dim_v)]
-    small = problem.dtype == "fp32" or max(dims) > 128
+    small = max(dims) > 128
     return {
         "CAUSAL": problem.causal,
         "ROWS": 32 if small else 64,
@@ -45,7 +45,7 @@ def attention(
         there = columns < seqlen_k
         key_places = (head_kv * seqlen_k + columns[None, :]) * head_dim + dims[:, None]
         key = tl.load(k + key_places, mask=there[None, :] & (dims[:, None] < head_dim), other=0.0)
-        score = tl.dot(query, key, input_precision="ieee") * scale
+        score = tl.dot(query, key) * scale
         seen = there[None, :] & (rows[:, None] < seqlen_q)
         if CAUSAL:
             seen = seen & (columns[None, :] <= rows[:, None] + seqlen_k - seqlen_q)
@@ -59,7 +59,7 @@ def attention(
         total = total * shrink + tl.sum(weight, 1)
         value_places = (head_kv * seqlen_k + columns[:, None]) * head_dim_v + dims_v[None, :]
         value = tl.load(v + value_places, mask=there[:, None] & (dims_v[None, :] < head_dim_v), other=0.0)
-        weighted = weighted * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        weighted = weighted * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
 
     # A query that sees no key gives zeros.
     result = tl.where(total[:, None] > 0, weighted / tl.where(total > 0, total, 1.0)[:, None], 0.0)
