@@ -24,8 +24,8 @@ DEFAULT_WARMUP = 50
 DEFAULT_ITERS = 200
 DEFAULT_BUDGET_S = 20.0
 
-ROUNDS = 8
-"""Interleaved rounds of a block."""
+ROUNDS, FIXED_ROUNDS = 8, 3
+"""Interleaved rounds of a block, under `adaptive` and of the fewer calls under `fixed`."""
 WARM_UP_S = 0.02
 """A lane warms up for this long before each of its rounds: the others ran since."""
 ROUND_S = 0.1
@@ -272,7 +272,7 @@ def _calls(lane: Lane, protocol: Protocol, index: int) -> list[int]:
         for count in _deal(protocol.warmup, -(-protocol.warmup // MAX_CALLS)):
             lane.time_calls(count, cold=False)
         count = protocol.fixed_counts[index]
-        return _deal(count, min(ROUNDS, count))
+        return _deal(count, min(FIXED_ROUNDS, count))
     call_s = lane.warm_up(WARM_UP_S) / 1e6
     if protocol.cache == "cold":  # the flush before a call takes longer than most calls
         start_s = time.monotonic()

@@ -257,7 +257,6 @@ def test_the_traceback_shows_the_plugins_own_line(body: str, plugins: PluginFold
     assert info.error_line.startswith("RuntimeError: ")
 
 
-@pytest.mark.usefixtures("alone")
 def test_what_was_called_of_a_plugin_is_told_with_what_it_gave(plugins: PluginFolder) -> None:
     module = plugins.add(
         """
@@ -289,7 +288,6 @@ def test_what_was_called_of_a_plugin_is_told_with_what_it_gave(plugins: PluginFo
 
 
 @pytest.mark.parametrize("group", ["attnbench.backends.v2", "attnbench.backends2", "attnbench.backends_v2"])
-@pytest.mark.usefixtures("alone")
 def test_a_plugin_for_a_later_contract_is_reported_and_not_imported(group: str, plugins: PluginFolder) -> None:
     plugins.backends('[Toy("toy")]')
     info = plugins.path / "later-3.dist-info"
