@@ -196,8 +196,11 @@ def take_block(
     watch: Watch,
     expected: type[Failure],
     failed: Callable[[str, Failure], None],
+    known_us: Mapping[str, float] | None = None,
 ) -> Block | None:
     """Time all lanes of a problem in block `index`: in interleaved rounds, in another random order each.
+
+    `known_us` is how long a call of a lane took in an earlier block: it need not be tried how many fit into a round.
 
     A round that was disturbed is thrown away for all lanes and taken again. A lane that raises `expected` is reported
     to `failed`, dropped, and the rest go on; None where none lasted.
@@ -218,7 +221,7 @@ def take_block(
                 lanes[name].pause()
 
     def warm_up(name: str) -> None:
-        found = _calls(lanes[name], protocol, index)
+        found = _calls(lanes[name], protocol, index, (known_us or {}).get(name))
         host[name] = tuple(round(value, 4) for value in lanes[name].host_us(min(found[0], HOST_CALLS)))
         calls[name] = found
         times[name] = []
@@ -266,14 +269,14 @@ def _costly(protocol: Protocol, spent_s: float) -> bool:
     return protocol.name == "adaptive" and spent_s >= protocol.budget_s / LOOKS[0]
 
 
-def _calls(lane: Lane, protocol: Protocol, index: int) -> list[int]:
-    """Warm up one lane, and say how many calls each round shall time."""
+def _calls(lane: Lane, protocol: Protocol, index: int, known_us: float | None) -> list[int]:
+    """Warm up one lane, and say how many calls each round shall time; `adaptive` lets its rounds warm up what it knows."""
     if protocol.name == "fixed":
         for count in _deal(protocol.warmup, -(-protocol.warmup // MAX_CALLS)):
             lane.time_calls(count, cold=False)
         count = protocol.fixed_counts[index]
         return _deal(count, min(FIXED_ROUNDS, count))
-    call_s = lane.warm_up(WARM_UP_S) / 1e6
+    call_s = (known_us or lane.warm_up(WARM_UP_S)) / 1e6
     if protocol.cache == "cold":  # the flush before a call takes longer than most calls
         start_s = time.monotonic()
         lane.time_calls(1, cold=True)

@@ -81,7 +81,7 @@ class Watch:
 BUSY = Seen(load=0.5, causes=("other programs",))
 
 
-def go(lanes, protocol, *, index=0, seed=0, watch=None, failures=None):
+def go(lanes, protocol, *, index=0, seed=0, watch=None, failures=None, known_us=None):
     return take_block(
         {lane.name: lane for lane in lanes},
         protocol,
@@ -90,6 +90,7 @@ def go(lanes, protocol, *, index=0, seed=0, watch=None, failures=None):
         watch=watch or Watch(),
         expected=Broken,
         failed=lambda name, error: (failures if failures is not None else []).append((name, str(error))),
+        known_us=known_us,
     )
 
 
@@ -194,6 +195,18 @@ def test_host_time_takes_five_calls_but_of_slow_ones_no_more_than_a_round(call_u
     lane = Lane(times=(call_us,))
     go([lane], Protocol())
     assert ("a", "host", calls) in lane.journal
+
+
+def test_a_lane_whose_calls_are_known_is_warmed_up_by_its_rounds_alone():
+    known, new = Lane("known", times=(1000.0,)), Lane("new", times=(1000.0,))
+    go([known, new], Protocol(), known_us={"known": 500.0})
+    assert known.journal[:3] == [("known", "host", HOST_CALLS), ("known", "warm", 0.02), ("known", 200, False)]
+    assert new.journal[:4] == [
+        ("new", "warm", 0.02),
+        ("new", "host", HOST_CALLS),
+        ("new", "warm", 0.02),
+        ("new", 100, False),
+    ]
 
 
 def test_adaptive_warms_up_for_20_ms():
