@@ -270,7 +270,7 @@ def _costly(protocol: Protocol, spent_s: float) -> bool:
 
 
 def _calls(lane: Lane, protocol: Protocol, index: int, known_us: float | None) -> list[int]:
-    """Warm up one lane, and say how many calls each round shall time; `adaptive` lets its rounds warm up what it knows."""
+    """How many calls each round shall time, after a warm-up; a known lane under `adaptive` is warmed up by its rounds."""
     if protocol.name == "fixed":
         for count in _deal(protocol.warmup, -(-protocol.warmup // MAX_CALLS)):
             lane.time_calls(count, cold=False)
