@@ -270,7 +270,7 @@ def _costly(protocol: Protocol, spent_s: float) -> bool:
 
 
 def _calls(lane: Lane, protocol: Protocol, index: int, known_us: float | None) -> list[int]:
-    """How many calls each round shall time, after a warm-up; a known lane under `adaptive` is warmed up by its rounds."""
+    """How many calls a round shall time, after a warm-up; what is known under `adaptive` is warmed up by its rounds."""
     if protocol.name == "fixed":
         for count in _deal(protocol.warmup, -(-protocol.warmup // MAX_CALLS)):
             lane.time_calls(count, cold=False)
