@@ -61,7 +61,7 @@ def test_run_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> 
         ({"suite": "smokey"}, "no suite is called 'smokey'"),
         ({"seqlen_q": 0}, "--seqlen-q must be whole numbers of at least 1, not '0'"),
         ({"seqlen_q": 5, "suite": "smoke"}, "--seqlen-q and --suite exclude each other"),
-        ({"iters": 0}, "--iters must be a whole number of at least 1, not 0"),
+        ({"iters": 0}, "--iters must be a whole number from 1 to 1,000,000, not 0"),
         ({"device": "tpu"}, "no device is called 'tpu'"),
         ({"seqlen_q": 5, "timeout_s": 0}, "--timeout must be a number of seconds above 0, not 0"),
         ({"suite": Path("none.toml")}, "cannot read suite none.toml"),

@@ -154,7 +154,12 @@ def test_the_home_folder_becomes_a_tilde(monkeypatch, home, text, cleaned):
 
 
 def test_the_busy_share_is_what_others_and_the_hypervisor_take(monkeypatch):
-    samples = iter([Load(total=1000, idle=100, steal=5, own=10), Load(total=1100, idle=130, steal=15, own=20)])
+    samples = iter(
+        [
+            Load(processors=2, total=1000, idle=100, steal=5, own=10),
+            Load(processors=2, total=1100, idle=130, steal=15, own=20),
+        ]
+    )
     monkeypatch.setattr(contention, "sample", lambda: next(samples))
     assert environment.busy_share(0) == pytest.approx(0.6)  # 100 ticks, of which 30 idle and 10 own
 
