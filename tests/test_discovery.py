@@ -208,7 +208,8 @@ def test_in_the_normal_case_one_process_loads_all(plugins: PluginFolder) -> None
 LEGACIES = {
     "a thread that ends it": "import threading\nthreading.Timer(0.5, os._exit, [5]).start()\n" + HOOK + "    return []",
     "two answers": HOOK + '    frame(\'{"number": 1, "description":'
-    ' {"backends": [], "suites": [], "load_s": 0, "error": null, "sources": [], "calls": []}}\')\n    return [Toy("never_told")]',
+    ' {"backends": [], "suites": [], "load_s": 0, "error": null, "sources": [], "calls": []}}\')\n'
+    '    return [Toy("never_told")]',
 }
 
 
