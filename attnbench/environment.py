@@ -52,7 +52,7 @@ def fingerprint(catalogue: Catalogue) -> dict[str, Any]:
         "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
         "plugins": _versions(catalogue, elsewhere=False),
         "plugins_of_other_interpreters": _versions(catalogue, elsewhere=True),
-        "sources": {p.source.name: sources.digest(p.sources) for p in catalogue.plugins if p.sources},
+        "sources": _digests(catalogue),
         "variables": {
             name: value
             for name in ENVIRONMENT_VARIABLES
@@ -75,6 +75,17 @@ def _without_folder(word: str) -> str:
 def one_line(text: str) -> str:
     """A plugin's words as a reason: in one line, and without the user's home folder."""
     return " ".join(without_home(text).split())
+
+
+def _digests(catalogue: Catalogue) -> dict[str, str]:
+    """Of what each plugin is made of, by its entry point's name or as `file.py:name`; of two called alike both."""
+    found: dict[str, str] = {}
+    for plugin in catalogue.plugins:
+        source = plugin.source
+        name = f"{source.distribution}:{source.name}" if source.file else source.name
+        if plugin.sources:
+            found[name] = " ".join(filter(None, [found.get(name), sources.digest(plugin.sources)]))
+    return found
 
 
 def _versions(catalogue: Catalogue, *, elsewhere: bool) -> dict[str, str]:

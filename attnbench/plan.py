@@ -182,7 +182,8 @@ def _match(word: str, known: Sequence[str], what: str) -> str:
         return starts[0]
     if starts:
         raise AttnbenchError(f"{what} {word!r} could be {', '.join(starts)}", "write more of its name")
-    raise AttnbenchError(f"no {what} is called {word!r}", closest(word, known))
+    hint = f"a backend in a file is {word}:NAME" if word.endswith(".py") else closest(word, known)
+    raise AttnbenchError(f"no {what} is called {word!r}", hint)
 
 
 def closest(word: str, known: Collection[str]) -> str:

@@ -332,7 +332,9 @@ def _load_run(path: Path) -> Record:
     if not results and not unfinished:
         raise AttnbenchError(f"{path / RECORD_FILE} holds no results", "the run ended before its first case did")
     if unfinished:
-        warnings.append(f"{len(unfinished)} cases have fewer blocks than asked for: attnbench run --resume goes on")
+        warnings.append(
+            f"{len(unfinished)} cases have fewer blocks than asked for: attnbench run --resume {path} goes on"
+        )
     ordered = in_plan_order([*results, *unfinished], header)
     return Record(
         path, tuple(row(result, device) for result in ordered), device, tuple(ordered), header, tuple(warnings)

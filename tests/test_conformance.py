@@ -482,6 +482,7 @@ def test_a_backend_from_a_file_runs_beside_the_others(mine: Path) -> None:
     ("words", "code", "problem"),
     [
         ("none.py:Mine", 2, "there is no file "),
+        ("mine.py", 2, "no backend is called 'mine.py'"),
         ("mine.py:Yours", 4, "plugin Yours of mine.py failed to load: mine.py has no Yours; it has "),
         ("mine.py:torch", 4, "plugin torch of mine.py failed to load: module is no backend: "),
     ],

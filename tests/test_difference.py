@@ -66,7 +66,7 @@ def test_without_a_baseline_times_are_compared_and_nothing_is_called_faster() ->
     [
         (of("mine", 9.0), failed("mine", Status.INCORRECT), "broken"),
         (failed("mine", Status.INCORRECT), of("mine", 9.0), "mended"),
-        (failed("mine", Status.INCORRECT), failed("mine", Status.CRASHED), "other end"),
+        (failed("mine", Status.INCORRECT), failed("mine", Status.CRASHED), "failed otherwise"),
     ],
 )
 def test_how_a_case_ended_goes_before_its_time(before: Result, now: Result, word: str) -> None:
@@ -74,7 +74,7 @@ def test_how_a_case_ended_goes_before_its_time(before: Result, now: Result, word
     (line,) = cells(difference(tables(sdpa, before), tables(sdpa, now)))
     assert line[-1] == word
     assert line[6] == "—"
-    assert "nothing to compare" in difference(tables(sdpa, before), tables(sdpa, now))
+    assert "no case has a time in both" in difference(tables(sdpa, before), tables(sdpa, now))
 
 
 def test_a_case_that_the_last_run_did_not_have_is_new_and_one_that_is_gone_is_left_out() -> None:

@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,3 +177,21 @@ def test_what_another_system_cannot_do_is_told_and_linux_can_do_all(monkeypatch)
     outlive, load = environment.limitations()
     assert "may outlive attnbench" in outlive
     assert "load of other programs and of other virtual machines is not read" in load
+
+
+def test_two_backends_from_files_and_two_of_one_name_are_all_in_what_a_run_records(tmp_path):
+    plugins = []
+    for folder, file, distribution in (("a", "k.py", "k.py"), ("b", "k.py", "k.py"), ("a", "l.py", "l.py")):
+        path = tmp_path / folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{folder} {file}")
+        ref = EntryPointRef(distribution, "", "K", f"{path}:K")
+        plugins.append(PluginInfo(ref, ("k",), (), 0.1, None, (str(path),)))
+    before = environment.fingerprint(Catalogue(tuple(plugins), (), ()))["sources"]
+    assert before.keys() == {"k.py:K", "l.py:K"}
+    for plugin in plugins:
+        path = Path(plugin.sources[0])
+        was = path.read_text()
+        path.write_text("changed")
+        assert environment.fingerprint(Catalogue(tuple(plugins), (), ()))["sources"] != before
+        path.write_text(was)

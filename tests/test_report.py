@@ -603,3 +603,15 @@ def test_json_on_a_terminal_is_ascii() -> None:
     shown = json_text(record(failed("x", reason="\x9b31m \u202e µ")).rows)
     assert shown.isascii()
     assert json.loads(shown)[0]["reason"] == "\x9b31m \u202e µ"
+
+
+def test_the_usual_baseline_stays_it_where_every_contender_failed() -> None:
+    """The one time that there is is the baseline's, and the reader's kernel is what has none."""
+    tables = Tables(record(passed("npu_fused_attention"), failed("mine", Status.INCORRECT)))
+    assert tables.baseline == "npu_fused_attention"
+    assert "vs" not in tables.render().split("### Details")[0]
+    assert "INCORRECT" in tables.render()
+
+
+def test_a_share_that_means_nothing_is_not_spelled_out() -> None:
+    assert (text.share(0.106, 1), text.share(10.0, 0), text.share(2.1e65, 1)) == ("10.6%", "1000%", "over 1000%")

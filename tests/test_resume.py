@@ -95,7 +95,7 @@ def copy(killed: Path, tmp_path: Path) -> Path:
 def test_what_was_measured_before_a_kill_is_shown(copy):
     answer = go("report", "r", cwd=copy)
     assert answer.code == 0
-    assert "4 cases have fewer blocks than asked for: attnbench run --resume goes on" in answer.err
+    assert "4 cases have fewer blocks than asked for: attnbench run --resume r goes on" in answer.err
     assert "### gemm_ref vs sdpa" in answer.out
 
 

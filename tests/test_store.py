@@ -522,7 +522,8 @@ def test_the_blocks_of_an_unfinished_run_are_shown_with_a_note(unfinished: Path)
     assert record.results[1].measurement.blocks == ((10.0,), (20.0,), (30.0,))
     assert record.results[1].used_cores == 3
     assert [r["n_blocks"] for r in record.rows] == [2, 3, 3]
-    assert record.warnings == ("2 cases have fewer blocks than asked for: attnbench run --resume goes on",)
+    hint = f"attnbench run --resume {record.source} goes on"
+    assert record.warnings == (f"2 cases have fewer blocks than asked for: {hint}",)
 
 
 def test_a_run_is_reopened_with_all_that_it_got_to(unfinished: Path) -> None:

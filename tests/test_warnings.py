@@ -148,7 +148,7 @@ def test_a_device_that_waits_for_the_host_is_told_of() -> None:
 
 def test_one_block_has_no_interval_and_says_so() -> None:
     assert told(passed("a", (20.0, 21.0))) == [
-        "one block gives no interval and no verdict: leave --iters out, or give at least 40"
+        "one block gives no interval and no verdict: leave --iters out or give at least 40, and let the run end"
     ]
 
 

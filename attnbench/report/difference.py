@@ -90,13 +90,19 @@ def _verdict(before: _Case | None, now: _Case, change: stats.Ratio | None) -> st
     if before is None:
         return "new"
     if now.row["status"] != before.row["status"]:
-        return "mended" if now.row["status"] == PASSED else "broken" if before.row["status"] == PASSED else "other end"
+        return (
+            "mended"
+            if now.row["status"] == PASSED
+            else "broken"
+            if before.row["status"] == PASSED
+            else "failed otherwise"
+        )
     return NONE if change is None or change.verdict == "-" else change.verdict
 
 
 def _summary(changes: list[stats.Ratio]) -> str:
     if not changes:
-        return "nothing to compare with the last run"
+        return "compared with the last run: no case has a time in both"
     mean = stats.geometric_mean([change.value for change in changes])
     return f"compared with the last run: geometric mean {mean:.3f}×{''.join(_counts(changes))}"
 

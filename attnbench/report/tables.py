@@ -102,8 +102,8 @@ class Comparison:
         if not found:
             return ""
         median, (worst, case) = statistics.median(share for share, _ in found), max(found)
-        line = f"smallest difference that could have been detected: {median:.1%}"
-        return line if len(found) == 1 else f"{line} (median; worst {worst:.1%} at {case})"
+        line = f"smallest difference that could have been detected: {text.share(median, 1)}"
+        return line if len(found) == 1 else f"{line} (median; worst {text.share(worst, 1)} at {case})"
 
 
 class Tables:
@@ -145,7 +145,7 @@ class Tables:
         others = [kernel for kernel in self._kernels if kernel != FIRST_CONTENDER]
         candidates: list[str] = [*(name for name in preferred if name in self._kernels), *others]
         timed = {row["kernel"] for row in self.record.rows if row["time_us"] is not None}
-        if len(timed) == 1:  # it is the contender, and nothing that it could be compared with has a time
+        if len(timed) == 1 and preferred[0] not in timed:  # it is the contender, and nothing to compare with has a time
             return next((name for name in candidates if name not in timed), candidates[0])
         return next((name for name in candidates if name in timed), candidates[0])
 
@@ -203,11 +203,12 @@ class Tables:
             NONE if ratio is None else f"{ratio.value:.2f}×",
             NONE if ratio is None or ratio.interval is None else _interval(*ratio.interval, 2),
             NONE if ratio is None or ratio.verdict == "-" else ratio.verdict,
-            NONE if ratio is None or ratio.detectable is None else f"{ratio.detectable:.1%}",
+            NONE if ratio is None or ratio.detectable is None else text.share(ratio.detectable, 1),
             _number(row["tflops_gemm"], 2),
             _number(row["gbps"], 1),
             _number(row["pct_peak"], 1),
-            _number(row["host_us"], 1),
+            # On a CPU a call is over when it returns: that is its time, which stands there already.
+            _number(None if row["timing_method"] == "host_clock" else row["host_us"], 1),
             _error(row["max_abs_err"]),
             _error(row["err_budget"]),
             classic or NONE,

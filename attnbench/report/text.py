@@ -54,6 +54,15 @@ def _unlisted(line: str) -> str:
     return f"\\{line}" if re.match(r"[!-/:-@[^-`{-~]", line) and not line.startswith("&") else line
 
 
+LARGEST_SHARE = 10.0
+"""A larger one only says that there were too few blocks, and would take the width of the table."""
+
+
+def share(value: float, digits: int) -> str:
+    """A share in percent, or that it is beyond what means anything."""
+    return f"{value:.{digits}%}" if value <= LARGEST_SHARE else f"over {LARGEST_SHARE:.0%}"
+
+
 def code(text: str) -> str:
     """One line of `text` as a code span of Markdown, in which nothing is markup."""
     line = one_line(text)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attnbench.report.text import share
 from attnbench.result import Conditions
 from attnbench.rows import Row
 from attnbench.store import Record
@@ -34,7 +35,7 @@ class Noisy:
     def __str__(self) -> str:
         more = f", and {self.count - 1} more are wider than ±{NOISY_SHARE:.0%}" if self.count > 1 else ""
         return (
-            f"noisy: {self.kernel} on {self.case} is known to ±{self.worst:.0%} only{more}: "
+            f"noisy: {self.kernel} on {self.case} is known to ±{share(self.worst, 0)} only{more}: "
             f"close other programs or try --protocol adaptive --budget {self.budget_s:g}"
         )
 
@@ -107,7 +108,7 @@ class OneBlock:
     """A run too short for intervals."""
 
     def __str__(self) -> str:
-        return "one block gives no interval and no verdict: leave --iters out, or give at least 40"
+        return "one block gives no interval and no verdict: leave --iters out or give at least 40, and let the run end"
 
 
 Warning = Noisy | LaunchBound | Disturbed | Throttled | HostBound | OneBlock
