@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
 import signal
 import statistics
 import sys
@@ -39,6 +40,8 @@ _THIS_THREAD, _MAIN_THREAD = threading.current_thread, threading.main_thread
 _MONOTONIC, _PERF_COUNTER = time.monotonic, time.perf_counter
 
 REASON_LENGTH = 400
+NOT_A_PLUGIN = frozenset({"attnbench", "torch"})
+"""Packages whose lines say little to the author of a plugin that called them."""
 ONE_THREAD_VALUES = 1 << 14
 """Half of what torch deals out to several threads."""
 MAX_CORES = 1 << 20
@@ -269,7 +272,7 @@ class Worker:
             if isinstance(error, CompileError) and error.log:
                 print(error.log, file=sys.stderr)  # a reason is one line; this is what its author needs
             words = without_home(f"{doing}: {in_a_line(error)}")
-            raise CaseFailed(_status(error), words[:REASON_LENGTH]) from error
+            raise CaseFailed(_status(error), words[:REASON_LENGTH] + _place(error)) from error
         finally:
             # Time that is up is up at once: a timer of 0 s would never ring.
             self._left_s = max(self._left_s - (_MONOTONIC() - start_s), 1e-6)
@@ -375,6 +378,20 @@ def _alarm(seconds: float) -> Iterator[None]:
     finally:
         _SET_TIMER(signal.ITIMER_REAL, 0)
         _SIGNAL(signal.SIGALRM, before)
+
+
+def _place(error: BaseException) -> str:
+    """The file and line of a plugin that an exception came from, for its author; nothing where it came from elsewhere.
+
+    A compiler's error names its own source.
+    """
+    place, frames = "", error.__traceback__
+    while frames is not None and not isinstance(error, CompileError):
+        module = str(frames.tb_frame.f_globals.get("__name__")).partition(".")[0]
+        if module not in NOT_A_PLUGIN:
+            place = f" ({os.path.basename(frames.tb_frame.f_code.co_filename)}, line {frames.tb_lineno})"
+        frames = frames.tb_next
+    return place
 
 
 def _status(error: BaseException) -> Status:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import threading
 import time
@@ -113,13 +114,24 @@ def test_what_a_backend_raises_becomes_a_status_wherever_it_raises(worker, prepa
 
 def test_a_long_reason_is_cut(prepared):
     _, reason = failure(prepared(thrower(ValueError("x" * 10_000))).output)
-    assert reason == ("the call: ValueError: " + "x" * REASON_LENGTH)[:REASON_LENGTH]
+    cut = ("the call: ValueError: " + "x" * REASON_LENGTH)[:REASON_LENGTH]
+    assert re.fullmatch(rf"{cut} \(test_worker\.py, line \d+\)", reason)
 
 
 def test_the_home_folder_is_not_in_a_reason(prepared, monkeypatch):
     monkeypatch.setenv("HOME", "/home/jane")
     _, reason = failure(prepared(thrower(OSError("no /home/jane/sdk/lib.so"))).output)
-    assert reason == "the call: OSError: no ~/sdk/lib.so"
+    assert re.fullmatch(r"the call: OSError: no ~/sdk/lib\.so \(test_worker\.py, line \d+\)", reason)
+
+
+def test_a_reason_names_the_plugins_own_line_and_not_torchs(prepared):
+    def call():
+        return torch.ones(2) @ torch.ones(3)  # raised far below
+
+    _, reason = failure(prepared(call).output)
+    line = call.__code__.co_firstlineno + 1
+    assert reason.startswith("the call: RuntimeError: ")
+    assert reason.endswith(f" (test_worker.py, line {line})")
 
 
 @pytest.mark.parametrize("method", ["prepare", "output", "time_calls"])
