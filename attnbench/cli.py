@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from attnbench.api import Outcome, Settings
     from attnbench.ledger import Ledger
     from attnbench.plan import Plan, Selection
-    from attnbench.problem import Suite
+    from attnbench.problem import DeviceKind, Suite
     from attnbench.registry import Catalogue, EntryPointRef
 
 # No rich markup: help stays fast, and no text from outside is taken for markup.
@@ -196,7 +196,13 @@ def plugins_check(
         if not usable:
             why = "; ".join(f"on {info.device}: {info.reason}" for info in found) or f"it does not run on {kind}"
             raise AttnbenchError(f"{', '.join(names)} cannot be checked here: {why}", None, ExitCode.NOTHING_PASSED)
-        outcomes = {info.device: list(check.check(info, timeout)) for info in usable}
+        outcomes: dict[DeviceKind, list[check.Outcome]] = {}
+        for info in usable:
+            outcomes[info.device] = []
+            for one in check.check(info, timeout):
+                outcomes[info.device].append(one)
+                if one.outcome == FAILED:  # at once: the next may take its whole time
+                    say(" ".join(filter(None, [one.test.replace("_", " "), one.dtype, f"FAILED: {one.words}"])))
         if as_json:
             rows = [{"device": kind} | dataclasses.asdict(one) for kind, all_ in outcomes.items() for one in all_]
             write_json(out, rows)

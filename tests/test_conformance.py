@@ -421,6 +421,17 @@ def test_a_process_that_dies_fails_one_test_and_the_rest_go_on(mine: Path) -> No
     assert {one.words for one in found if one.outcome == "skipped" and one.test == "square"} == {"plain fp32 alone"}
 
 
+def test_a_process_that_always_dies_is_not_started_for_every_test(mine: Path) -> None:
+    mine.write_text(FILE.replace("if problem.head_dim == 40:", "if True:"))
+    source = EntryPointRef.of_file(f"{mine}:Mine")
+    assert source is not None
+    found = list(check(BackendInfo("mine", "cpu", "", "", True, None, source), 60.0))
+    assert [(one.test, one.dtype) for one in found] == list(every_test())
+    words = [one.words for one in found if one.outcome == "FAILED"]
+    assert words[:3] == ["its process ended: exit code 7"] * 3
+    assert set(words[3:]) == {"not tried: the last 3 tests ended its process"}
+
+
 def test_a_table_has_a_row_a_test_and_says_why() -> None:
     rows = table(
         [
