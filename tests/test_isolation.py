@@ -21,6 +21,7 @@ from attnbench.problem import Problem
 from attnbench.reference import Reference, make_inputs
 from attnbench.registry import BackendInfo, EntryPointRef
 from attnbench.result import Status
+from attnbench.wire import Region
 from attnbench.worker import CaseFailed
 
 PROBLEM = Problem(seqlen_q=8, seqlen_k=16, head_dim=8, dtype="fp32")
@@ -298,6 +299,15 @@ def test_the_memory_of_a_problem_is_given_back_on_both_sides(worker):
         made.release()
         assert made.unsupported(PROBLEM) is None
         assert (shared(os.getpid()), shared(served)) == (0, 0)
+
+
+def test_shared_memory_needs_no_posix_fallocate(monkeypatch):
+    """macOS has none."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    region = Region(PROBLEM)
+    region.put(INPUTS)
+    assert all(there.equal(put) for there, put in zip(region.inputs, (INPUTS.q, INPUTS.k, INPUTS.v)))
+    region.close()
 
 
 def test_a_twin_is_prepared_beside_the_first(worker):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnbench import runner
+from attnbench import runner, turn
 from attnbench.backend import Backend
 from attnbench.blocks import Progress, Seen, Verdict
 from attnbench.devices import DeviceInfo
@@ -336,6 +336,34 @@ def test_only_the_forward_direction_is_judged(go, direction):
 def test_a_backend_that_fails_one_problem_runs_the_next(go):
     found = go({"picky": Declines()}, problems=(PROBLEM, OTHER))
     assert [r.status for r in found] == [Status.UNSUPPORTED, Status.PASSED]
+
+
+@pytest.mark.parametrize("part", ["judge", "fault"])
+def test_without_memory_to_judge_a_case_is_skipped_and_the_run_goes_on(go, monkeypatch, part):
+    def full(*_, **__):
+        raise MemoryError
+
+    if part == "judge":
+        monkeypatch.setattr(turn.Reference, "judge", full)
+    else:
+        monkeypatch.setattr(turn.spot, "fault", full)
+    found = go({"right": Right()}, problems=(PROBLEM, OTHER))
+    assert [r.status for r in found] == [Status.SKIPPED] * 2
+    assert all(r.reason == "it cannot be judged: MemoryError: no message" for r in found)
+
+
+def test_rows_to_check_are_drawn_anew_for_every_run(go, monkeypatch):
+    seeds, of = [], turn.Reference.of
+
+    def noted(problem, inputs, seed, rows_seed=None):
+        seeds.append(rows_seed)
+        return of(problem, inputs, seed, rows_seed)
+
+    monkeypatch.setattr(turn.Reference, "of", noted)
+    for _ in range(2):
+        go({"right": Right()})
+    assert None not in seeds
+    assert len(set(seeds)) == len(seeds) >= 4
 
 
 def test_the_home_folder_is_not_in_a_reason(go, monkeypatch):
