@@ -608,8 +608,9 @@ def _watch(
             if outcome.interrupted:
                 _end(outcome.exit_code)
             if outcome.results:
-                # The same baseline in each, also where it alone has a time.
-                tables = Tables(store.load(outcome.path), the_plan.timed_baseline)
+                # The same baseline in each, where there is one, also where it alone has a time.
+                baseline = the_plan.timed_baseline if the_plan.timed_baseline in names else None
+                tables = Tables(store.load(outcome.path), baseline)
                 if before is not None:
                     write(stream, f"\n{difference(before, tables)}")
                 before = tables
