@@ -568,6 +568,24 @@ def test_watch_runs_again_at_each_change_and_tells_the_difference(folder: Path) 
     assert len(list((folder / "reports").iterdir())) == 3
 
 
+def test_watch_of_a_backend_without_the_devices_baseline_goes_on(folder: Path) -> None:
+    (folder / "mine.py").write_text(WATCHED.replace("ERROR", "0"))
+    command = [str(SCRIPT), "run", "--backends", "mine.py:Mine", *TINY, *QUICK, "--watch"]
+    child = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(120, child.kill)
+    watchdog.start()
+    assert child.stderr is not None
+    try:
+        assert any("watching 1 files; Ctrl-C ends it" in line for line in child.stderr)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 130
+    finally:
+        watchdog.cancel()
+        child.kill()
+        child.wait()
+        child.stderr.close()
+
+
 @pytest.mark.parametrize("option", [("--out", "x"), ("--resume", "x"), ("--dry-run",), ("--json",), ("--no-isolate",)])
 def test_watch_refuses_what_is_for_one_run(cli: Cli, option: tuple[str, ...]) -> None:
     answer = cli("run", "--watch", *option)
