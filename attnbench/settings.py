@@ -40,6 +40,11 @@ def cxx() -> str | None:
     return os.environ.get("ATTNBENCH_CXX") or os.environ.get("CXX") or None
 
 
+def cpu_isa() -> str | None:
+    """ATTNBENCH_CPU_ISA: the instruction sets that jit_flash on a CPU is to use; unset takes the best there are."""
+    return os.environ.get("ATTNBENCH_CPU_ISA") or None
+
+
 def cache_limit_bytes() -> int:
     """ATTNBENCH_CACHE_LIMIT: MiB that compiled kernels may take, 2048 where it is unset; 0 keeps none but the newest.
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import platform
 import shutil
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 
 import pytest
@@ -14,13 +18,25 @@ from torch import Tensor
 
 from attnbench import jit
 from attnbench.problem import Problem
-from attnbench_plugins.jit_flash import attnbench_backends
-from attnbench_plugins.jit_flash.cpu import MAX_HEAD_DIM, TILE, JitFlashCpu
+from attnbench_plugins.jit_flash import attnbench_backends, cpu
+from attnbench_plugins.jit_flash.cpu import ISAS, MAX_HEAD_DIM, JitFlashCpu
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SOURCE = files("attnbench_kernels") / "cpu" / "flash_attention.cpp"
+TILE = 256
+"""The kernel's; sizes around it are tried."""
+MISSING = {isa.name: [need for need in isa.needs if need not in jit.cpu_features().split()] for isa in ISAS}
+if platform.machine() != "x86_64":
+    del MISSING["portable"]  # -march=x86-64 forces it; elsewhere it is what is left
+
+
+@pytest.fixture(autouse=True, params=[name for name, lacks in MISSING.items() if not lacks])
+def isa(request, monkeypatch) -> str:
+    """Each path of the kernel that this CPU can take."""
+    monkeypatch.setenv("ATTNBENCH_CPU_ISA", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,16 +64,20 @@ def inputs(case: Problem, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(shape, generator=generator).to(DTYPES[case.dtype]) for shape in shapes)
 
 
-def attention(case: Problem, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """Attention step by step in `dtype`, the mask from key_range."""
-    group = case.heads_q // case.heads_kv
-    q, k, v = q.to(dtype), k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
+def scores_of(case: Problem, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scaled scores in `dtype`, -inf where key_range hides the key."""
+    q, k = q.to(dtype), k.to(dtype).repeat_interleave(case.heads_q // case.heads_kv, 1)
     hidden = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool)
     for row in range(case.seqlen_q):
         low, high = case.key_range(row)
         hidden[row, low:high] = False
-    scores = (q @ k.mT * case.softmax_scale).masked_fill(hidden, -math.inf)
-    return torch.softmax(scores, -1).nan_to_num(0.0) @ v
+    return (q @ k.mT * case.softmax_scale).masked_fill(hidden, -math.inf)
+
+
+def attention(case: Problem, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention step by step in `dtype`."""
+    v = v.to(dtype).repeat_interleave(case.heads_q // case.heads_kv, 1)
+    return torch.softmax(scores_of(case, q, k, dtype), -1).nan_to_num(0.0) @ v
 
 
 def verify(case: Problem, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
@@ -81,7 +101,7 @@ def check(case: Problem, *tensors: Tensor) -> Tensor:
     return out
 
 
-LENGTHS = [(64, 64), (128, 1024), (1, 1), (1, 257), (17, 33), (33, 17), (65, 65), (257, 1), (257, 193), (300, 500)]
+LENGTHS = [(64, 64), (128, 1024), (1, 1), (1, 257), (17, 33), (33, 17), (65, 65), (257, 1), (257, 193), (600, 500)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,9 +118,51 @@ def test_head_dims(dims, dtype):
     check(problem(70, 130, head_dim=dims[0], head_dim_v=dims[1], dtype=dtype))
 
 
-@pytest.mark.parametrize("remainder", range(6))
+@pytest.mark.parametrize("remainder", range(12))
 def test_every_remainder_of_rows_in_registers(remainder):
     check(problem(65, 144 + remainder, head_dim_v=12 + remainder))
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 2, 3, 7, 8, 9, 15, 16, 17])
+@pytest.mark.parametrize("heads", [(1, 1), (8, 2)])
+def test_few_rows(seqlen_q, heads):
+    """Decoding: few enough rows are not packed, and heads that share their keys are taken together."""
+    for dtype, dims in (("fp32", (64, 64)), ("bf16", (40, 24)), ("fp16", (31, 257 - 31))):
+        heads_q, heads_kv = heads
+        check(
+            problem(
+                seqlen_q, 203, heads_q=heads_q, heads_kv=heads_kv, head_dim=dims[0], head_dim_v=dims[1], dtype=dtype
+            )
+        )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(3, 200), (50, 300), (100, 60)])
+def test_heads_that_share_a_tile(seqlen_q, seqlen_k, window, causal):
+    check(problem(seqlen_q, seqlen_k, batch=2, heads_q=10, heads_kv=2, window=window, causal=causal))
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("seqlen_q", [1, 20, 300])
+@pytest.mark.parametrize("causal", [False, True])
+def test_split_keys(seqlen_q, causal, count, threads):
+    """With fewer tiles than threads, each tile's keys are split and the parts combined."""
+    threads(count)
+    for dtype in DTYPES:
+        case = problem(seqlen_q, 4000, causal=causal, dtype=dtype, heads_q=2, heads_kv=1)
+        assert JitFlashCpu().parallel_units(case) > 1
+        q, k, v = inputs(case)
+        k[:, :, 1000:2000] *= 5  # so that the parts' maxima differ
+        check(case, q, k, v)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 20])
+def test_parts_without_keys(seqlen_q, threads):
+    """Under a window, parts of a split tile see no key of some rows."""
+    threads(4)
+    case = problem(seqlen_q, 8000, window=40, causal=True, heads_q=8)
+    check(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,8 +190,8 @@ def test_scale():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_rows_without_keys_are_zeros(causal):
-    case = problem(150, 70, causal=causal, window=5)
-    empty = [row for row in range(150) if case.key_range(row) == (0, 0)]
+    case = problem(600, 70, causal=causal, window=5)
+    empty = [row for row in range(600) if case.key_range(row) == (0, 0)]
     assert len(empty) > TILE, "a whole tile of them, and some beside rows that see keys"
     q, k, v = inputs(case)
     v[:, :, 0] = math.inf
@@ -244,15 +306,75 @@ def test_nan_and_infinity_come_through(dtype):
 
 
 def test_repeats_bitwise(threads: Callable[[int], None]):
+    """With the same number of threads, whichever of them takes which part."""
     case = problem(500, 700, heads_q=2, causal=True)
     q, k, v = inputs(case)
-    threads(1)
-    alone = check(case, q, k, v).clone()
-    for count in (2, 3, 50):  # 50 threads: more than tiles
+    for count in (1, 2, 3, 50):  # 50 threads: more than units of work
         threads(count)
         call = JitFlashCpu().prepare(case, q, k, v)
+        first = call().clone()
+        verify(case, q, k, v, first)
         for _ in range(5):
-            assert torch.equal(call(), alone)
+            assert torch.equal(call(), first)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("seqlen_q", [1, 5, 20, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_sum_exp(seqlen_q, dtype, count, threads):
+    threads(count)
+    case = problem(seqlen_q, 3000, heads_q=2, dtype=dtype, causal=True, window=200)
+    if seqlen_q == 300:
+        case = dataclasses.replace(case, seqlen_k=100)
+    q, k, v = inputs(case)
+    lse = torch.full(case.out_shape[:3], math.nan)
+    JitFlashCpu().prepare(case, q, k, v, lse=lse)()
+    scores = scores_of(case, q, k, torch.float64)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=2e-6, atol=2e-6)
+
+
+def test_log_sum_exp_wants_a_tensor_of_its_shape():
+    case = problem(5, 7)
+    with pytest.raises(ValueError, match=r"^lse must be contiguous, of \(1, 1, 5\) in torch.float32$"):
+        JitFlashCpu().prepare(case, *inputs(case), lse=torch.empty(1, 1, 5, dtype=torch.float64))
+
+
+def test_offsets_beyond_31_bits():
+    """Keys and values of a second head lie 2³¹ elements after those of the first, and nothing is in between."""
+    case = problem(33, 50, heads_q=2, dtype="bf16", head_dim=32)
+    q, k, v = inputs(case)
+    far = 2**31 + 64
+    wide = [torch.empty(far + 50 * 32, dtype=torch.bfloat16).as_strided(case.k_shape, (far, far, 32, 1)) for _ in "kv"]
+    check(case, q, wide[0].copy_(k), wide[1].copy_(v))
+
+
+def test_calls_at_a_time():
+    """The pool serves one of them; the others work alone."""
+    case = problem(300, 1000, heads_q=2)
+    tensors = [inputs(case, seed) for seed in range(4)]
+    calls = [JitFlashCpu().prepare(case, *three) for three in tensors]
+    with ThreadPoolExecutor(4) as executor:
+        for _ in range(5):
+            for three, out in zip(tensors, executor.map(lambda call: call(), calls)):
+                verify(case, *three, out)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_survives_fork(threads):
+    """The child has none of the parent's threads, and makes its own."""
+    threads(3)
+    case = problem(300, 2000)
+    q, k, v = inputs(case)
+    call = JitFlashCpu().prepare(case, q, k, v)
+    expected = call().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, on forking with threads
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if all(torch.equal(call(), expected) for _ in range(3)) else 1)
+    for _ in range(3):
+        assert torch.equal(call(), expected)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_reads_its_inputs_at_each_call():
@@ -319,20 +441,67 @@ def test_unavailable_without_a_compiler(monkeypatch, tmp_path):
     assert JitFlashCpu().unavailable() == f"{caught.value.message}: {caught.value.hint}"
 
 
+def test_unavailable_with_instructions_that_are_not_there(monkeypatch):
+    monkeypatch.setenv("ATTNBENCH_CPU_ISA", "sse9")
+    names = ", ".join(isa.name for isa in ISAS)
+    assert JitFlashCpu().unavailable() == f"ATTNBENCH_CPU_ISA=sse9 is not one of {names}"
+    monkeypatch.setattr(jit, "cpu_features", lambda: "avx2 fma avx512f")
+    monkeypatch.setenv("ATTNBENCH_CPU_ISA", "avx512")
+    assert JitFlashCpu().unavailable() == "this CPU has no avx512bw: unset ATTNBENCH_CPU_ISA=avx512"
+    monkeypatch.setenv("ATTNBENCH_CPU_ISA", "avx2")
+    assert JitFlashCpu().unavailable() == "this CPU has no f16c: unset ATTNBENCH_CPU_ISA=avx2"
+
+
+@pytest.mark.parametrize(
+    ("features", "name"),
+    [
+        ("sse2", "portable"),
+        ("avx2 fma", "portable"),
+        ("avx2 fma f16c", "avx2"),
+        ("avx2 fma f16c avx512f avx512bw avx512cd avx512dq avx512vl", "avx512"),
+        ("avx2 fma f16c avx512f avx512bw avx512cd avx512dq avx512vl avx512_bf16", "avx512_bf16"),
+        ("fp asimd", "neon"),
+    ],
+)
+def test_the_best_path_is_listed(features, name, monkeypatch):
+    monkeypatch.delenv("ATTNBENCH_CPU_ISA")
+    monkeypatch.setattr(jit, "cpu_features", lambda: features)
+    assert JitFlashCpu().summary == f"JIT-compiled C++ flash attention ({name})"
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_paths_tried(name):
+    """Says which paths the tests above have not tried."""
+    if MISSING[name]:
+        pytest.skip(f"{name} was not tried: this CPU has no {', '.join(MISSING[name])}")
+
+
+def test_what_is_listed_is_what_runs(isa, monkeypatch):
+    assert JitFlashCpu().summary == f"JIT-compiled C++ flash attention ({isa})"
+    assert cpu._library().flash_attention_isa().decode() == isa
+    monkeypatch.delenv("ATTNBENCH_CPU_ISA")
+    best = next(name for name, lacks in MISSING.items() if not lacks)
+    assert cpu._library().flash_attention_isa().decode() == best
+
+
 def test_parallel_units(threads: Callable[[int], None]):
     threads(6)
     units = JitFlashCpu().parallel_units
-    assert [units(problem(n, 8)) for n in (1, TILE, TILE + 1, 5 * TILE, 100 * TILE)] == [1, 1, 2, 5, 6]
-    assert units(problem(1, 8, batch=2, heads_q=2)) == 4
+    assert units(problem(1, 256)) == 1, "too little work for a second thread"
+    assert units(problem(1, 4096)) == 6
+    assert units(problem(128, 256)) == 1, "one tile, and too few keys to split"
+    assert units(problem(128, 1024)) == 4
+    assert units(problem(128, 4096)) == 6
+    assert units(problem(3 * TILE, 256)) == 3
+    assert units(problem(100 * TILE, 256)) == 6
 
 
 def test_constants_are_the_kernels():
     text = SOURCE.read_text(encoding="utf-8")
-    assert f"constexpr int TILE = {TILE};" in text
-    assert f"constexpr int MAX_DIM = {MAX_HEAD_DIM};" in text
+    assert f"constexpr int64_t TILE = {TILE};" in text
+    assert f"constexpr int64_t MAX_DIM = {MAX_HEAD_DIM};" in text
 
 
 def test_the_plugin_brings_it():
     (backend,) = attnbench_backends()
     assert (backend.name, backend.device) == ("jit_flash", "cpu")
-    assert backend.summary == "JIT-compiled C++ flash attention (tiled online softmax)"

@@ -41,6 +41,7 @@ __all__ = [
     "cache",
     "compile",
     "cpp_toolchain",
+    "cpu_features",
     "cuda_toolchain",
     "missing",
     "pto_toolchain",

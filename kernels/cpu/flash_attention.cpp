@@ -1,200 +1,76 @@
-// Flash attention, forward, on a CPU: out = softmax(softmax_scale · Q Kᵀ + mask) V, computed in fp32.
+// Flash attention, forward, on a CPU: out = softmax(softmax_scale · Q Kᵀ + mask) V.
 //
-// Queries lie in vector lanes, so that the softmax needs no horizontal operation and a mask is a compare:
+// A tile of queries meets a range of keys; that is the unit of work which threads draw from a counter:
 //
-//     for each tile of 64 queries (one (batch, head); the unit of work that threads draw from a counter)
-//         Qt[d][64] = transpose(Q);  O[e][64] = sum[64] = 0;  top[64] = lowest;  scale = softmax_scale · log2(e)
-//         for each block of keys that some query of the tile sees
-//             S[key][64]   = K · Qt                                multiply(): A is K as it lies in memory
-//             S            = -inf where masked                     only in blocks that straddle an edge
+//     Qt[d][lane] = transpose(Q);  O[e][lane] = sum[lane] = 0;  top[lane] = lowest;  scale = softmax_scale · log2(e)
+//     for each block of keys that some query of the tile sees
+//         Kp = pack_keys(K);  Vp = pack_columns(V)             into the order in which they are read, as fp32 (gemm.h)
+//         for each panel of queries, MICRO_VECS vectors wide
+//             S[key][lane] = Kp · Qt                           multiply()
+//             S            = -inf where masked                 only in blocks that straddle an edge
 //             top'         = max(top, S);  alpha = exp2((top - top') · scale)
 //             S            = exp2((S - top') · scale);  sum = sum · alpha + Σ S
-//             O[e][64]     = O · alpha + Vᵀ · S                    multiply(): A is V as it lies in memory
-//         out = transpose(O / sum)
+//             O[e][lane]   = O · alpha + Vpᵀ · S               multiply()
+//     out = transpose(O / sum)
 //
-// A tile is cut into panels of VECS vectors: 4 × 16 lanes with AVX-512 (one panel), 2 × 8 with AVX2 (four). The lanes
-// of a panel lie together: Qt is [panel][d][lane], O [panel][e][lane]. multiply() keeps 6 rows × VECS vectors of the
-// result in registers and broadcasts the elements of A. It sums a block from zero and adds that to O: the rescale
-// by alpha costs no pass of its own, and the error of a sum over n keys grows with n / KEYS + KEYS, not with n.
-// Q is not scaled beforehand: at logits up to ±100, rounding its elements again made the worst error 1.4 times larger.
+// Queries lie in vector lanes, so the softmax needs no horizontal operation, a mask is a compare, and S is written as
+// the next product reads it. multiply() sums a block from zero before it adds the sum to O · alpha: the rescale costs no
+// pass of its own, and the error of a sum over n keys grows with n / KEYS + KEYS, not with n. Q is not scaled
+// beforehand: at logits up to ±100, rounding its elements again made the worst error 1.4 times larger.
 //
-// exp2(x) is 2ⁿ · p(r) with x = n + r, |r| ≤ 1/2 and p of degree 6, p(0) = 1. Its relative error is below 8.0e-8 with
-// FMA and 1.1e-7 without (0.95 and 1.2 ulp; every 8th float of [-126, 0] measured), of which 2.0e-9 are p's own.
-// Below -126, and for -inf, it is 0; NaN stays NaN.
+// Where there are fewer tiles than would keep all threads busy, a tile's keys are split among several units, and the
+// last of them to end combines their O, sum and top. Queries of heads that share their keys are put into one tile where
+// they are few. Up to FEW_ROWS queries (decoding) do without packing: attend_few() reads K and V where they lie, once.
+//
+// bf16 is computed in fp32, and by AVX512-BF16 in pairs, where P is rounded to bf16; fp16 always in fp32.
 //
 // By hand: g++ -O3 -std=c++17 -fPIC -shared -pthread -Wall -Wextra -march=native flash_attention.cpp -o flash.so
-// (g++ ≥ 11, clang ≥ 15; x86-64 and Arm, for they differ in LANES and MICRO_VECS alone). -ffast-math breaks it.
+// (g++ ≥ 11, clang ≥ 15; x86-64 and Arm). -ffast-math breaks it.
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <exception>
-#include <functional>
 #include <iterator>
-#include <limits>
-#include <thread>
-#include <type_traits>
+
+#include "gemm.h"
+#include "pool.h"
+#include "simd.h"
 
 // Strides count elements; the last dimension has stride 1. Mirrored by FlashArgs in plugins/jit_flash/cpu.py.
 struct flash_args {
     const void *q, *k, *v;
     void *out, *workspace;
+    float* lse;  // null, or [batch][heads_q][seqlen_q]: log Σ exp(softmax_scale · q · k), -inf where no key is seen
     int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, head, sequence
     int64_t batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v;
     int64_t window;  // a query sees keys less than this away from its own position; 0: all
     double softmax_scale;
-    int32_t dtype;   // 0 fp32, 1 fp16, 2 bf16: of q, k, v and out
-    int32_t causal;  // not 0: no key after the query's own position, seqlen_q and seqlen_k aligned at their ends
-    int32_t threads;  // at most; never more than there are tiles
+    int32_t dtype;    // 0 fp32, 1 fp16, 2 bf16: of q, k, v and out
+    int32_t causal;   // not 0: no key after the query's own position, seqlen_q and seqlen_k aligned at their ends
+    int32_t threads;  // at most
 };
 
 enum flash_status : int { FLASH_DONE, FLASH_BAD_SHAPE, FLASH_BAD_DTYPE, FLASH_BAD_THREADS, FLASH_NULL_POINTER };
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, MICRO_VECS = 4;  // 24 of 32 registers accumulate
-#elif defined(__AVX__)
-constexpr int LANES = 8, MICRO_VECS = 2;  // 12 of 16
-#elif defined(__aarch64__)
-constexpr int LANES = 4, MICRO_VECS = 4;  // 24 of 32
-#else
-constexpr int LANES = 4, MICRO_VECS = 2;  // 12 of 16
-#endif
-constexpr int MICRO_ROWS = 6;
-// Queries of a tile. On an Ice Lake core at 512 × 2048, d = 128, 128 is 2 % faster in fp32 and 8 % in fp16, whose keys
-// are then converted half as often; but 128 queries would leave all cores but one idle.
-constexpr int TILE = 64;
-// Keys of a block. There 48 to 192 are within 2 % of each other at d = 128, but at d = 64 192 is 5 % slower than 96,
-// whose S (24 KiB) leaves more of L1. Fewer blocks make longer sums more accurate: over 8192 positive values and more
-// the error, as a share of twice that of unfused fp32 attention, was up to 0.8 with 192 keys, 0.9 with 144, 1 with 96.
-constexpr int KEYS = 144;
-constexpr int MAX_DIM = 256;
-constexpr int MAX_THREADS = 1024;
-constexpr int64_t ALIGNMENT = 128;  // bytes: two cache lines, for they are fetched in pairs
+// Queries of a tile: each packs all of its keys, which costs about 1/50 of the products at 128 and d = 128.
+constexpr int64_t TILE = 256;
+// Keys of a block, a multiple of MICRO_ROWS and even.
+constexpr int64_t KEYS = 144;
+constexpr int64_t FEW_ROWS = 8;
+constexpr int64_t FEW_KEYS = 64;
+constexpr int64_t MAX_DIM = 256;
+// A unit is worth drawing from this many keys on, and a thread worth waking from this many multiply-adds on (10 µs).
+constexpr int64_t SPLIT_KEYS = 256;
+constexpr int64_t THREAD_WORK = 1 << 19;
+constexpr int64_t LINE = 32;  // floats: two cache lines, for they are fetched in pairs
 
-// may_alias: the scratch is filled lane by lane and read vector by vector.
-typedef float vec __attribute__((vector_size(LANES * 4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(LANES * 4), may_alias));
-typedef uint32_t uvec __attribute__((vector_size(LANES * 4), may_alias));
-
-constexpr float LOWEST = std::numeric_limits<float>::lowest();
-constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr double LOG2_E = 1.4426950408889634;
 
-struct half { uint16_t bits; };
-struct bfloat { uint16_t bits; };
-
-template <class To, class From> inline To bit_cast(From from) {
-    static_assert(sizeof(To) == sizeof(From), "same size");
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-
-// Conversions are integer arithmetic: compilers vectorise it, and g++ 11 has no _Float16 in C++.
-inline float widen(float x) { return x; }
-inline float widen(bfloat x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
-inline float widen(half x) {
-    const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
-    const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);  // subnormals come out right too
-    const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-    return bit_cast<float>(finite | special | (x.bits & 0x8000u) << 16);
-}
-
-// To nearest, ties to even; NaN stays NaN.
-template <class T> T narrow(float x);
-template <> inline float narrow<float>(float x) { return x; }
-template <> inline bfloat narrow<bfloat>(float x) {
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-    return {static_cast<uint16_t>((x != x ? bits | 0x400000u : rounded) >> 16)};
-}
-template <> inline half narrow<half>(float x) {
-    const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-    // A half's subnormals are multiples of 2^-24, and so is the last bit of a float at 0.5.
-    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
-    const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    return {static_cast<uint16_t>((magnitude >= 0x477ff000u ? special : finite) | (bits >> 16 & 0x8000u))};
-}
-
-inline vec broadcast(float x) { return vec{} + x; }
-inline vec maximum(vec a, vec b) { return a > b ? a : b; }
-
-inline vec exp2(vec x) {
-    constexpr float MAGIC = 0x1.8p23f;  // at this size a float's last bit is 1, so adding it rounds to an integer
-    const vec shifted = x + MAGIC, r = x - (shifted - MAGIC);
-    vec p = r * 0x1.41fbbcp-13f + 0x1.5f3e52p-10f;
-    p = p * r + 0x1.3b2d4cp-7f;
-    p = p * r + 0x1.c6aee8p-5f;
-    p = p * r + 0x1.ebfbdcp-3f;
-    p = p * r + 0x1.62e430p-1f;
-    p = p * r + 1.0f;
-    const uvec power = (reinterpret_cast<uvec>(shifted) + 127u) << 23;  // MAGIC's own bits leave at the top
-    return x < -126.0f ? vec{} : p * reinterpret_cast<vec>(power);
-}
-
-// C[row][lane] = Σ over step < depth of A(row, step) · B[step][lane], for ROWS rows and VECS vectors of lanes, where
-// A(row, step) = a[row · row_stride + step · step_stride]. With alpha, C · alpha is added.
-template <int ROWS, int VECS>
-inline void micro_kernel(const float* a, int64_t row_stride, int64_t step_stride, int64_t depth, const vec* b, vec* c,
-                         const vec* alpha) {
-    vec sum[ROWS][VECS] = {};
-    for (int64_t step = 0; step < depth; ++step)
-#pragma GCC unroll 8
-        for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 8
-            for (int i = 0; i < VECS; ++i)
-                sum[row][i] += a[row * row_stride + step * step_stride] * b[step * VECS + i];
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 8
-        for (int i = 0; i < VECS; ++i)
-            c[row * VECS + i] = alpha ? c[row * VECS + i] * alpha[i] + sum[row][i] : sum[row][i];
-}
-
-// micro_kernel over any number of rows. Inlined, for one of the strides is 1 in each of its two uses.
-template <int VECS>
-[[gnu::always_inline]] inline void multiply(const float* a, int64_t row_stride, int64_t step_stride, int64_t rows,
-                                            int64_t depth, const vec* b, vec* c, const vec* alpha) {
-    int64_t row = 0;
-    for (; row + MICRO_ROWS <= rows; row += MICRO_ROWS)
-        micro_kernel<MICRO_ROWS, VECS>(a + row * row_stride, row_stride, step_stride, depth, b, c + row * VECS, alpha);
-    a += row * row_stride;
-    c += row * VECS;
-    switch (rows - row) {
-        case 5: return micro_kernel<5, VECS>(a, row_stride, step_stride, depth, b, c, alpha);
-        case 4: return micro_kernel<4, VECS>(a, row_stride, step_stride, depth, b, c, alpha);
-        case 3: return micro_kernel<3, VECS>(a, row_stride, step_stride, depth, b, c, alpha);
-        case 2: return micro_kernel<2, VECS>(a, row_stride, step_stride, depth, b, c, alpha);
-        case 1: return micro_kernel<1, VECS>(a, row_stride, step_stride, depth, b, c, alpha);
-    }
-}
-
-// One thread's share of the workspace.
-struct Scratch {
-    vec *q, *o, *s;   // Qt, O and one panel of S
-    float *k, *v;     // a block of keys and values in fp32, for inputs that are not
-
-    static int64_t bytes(const flash_args& args) {
-        const int64_t dims = args.head_dim + args.head_dim_v;
-        const int64_t floats = dims * TILE + KEYS * TILE + (args.dtype ? dims * KEYS : 0);
-        return (floats * int64_t{sizeof(float)} + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    }
-
-    Scratch(const flash_args& args, char* memory) {
-        float* next = reinterpret_cast<float*>(memory);
-        const auto take = [&next](int64_t floats) { return (next += floats) - floats; };
-        q = reinterpret_cast<vec*>(take(args.head_dim * TILE));
-        o = reinterpret_cast<vec*>(take(args.head_dim_v * TILE));
-        s = reinterpret_cast<vec*>(take(KEYS * TILE));
-        k = args.dtype ? take(args.head_dim * KEYS) : nullptr;
-        v = args.dtype ? take(args.head_dim_v * KEYS) : nullptr;
-    }
-};
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t whole_lines(int64_t floats) { return ceil_div(floats, LINE) * LINE; }
 
 // The keys that a query sees, as Problem.key_range has them; none where low >= high.
 struct Range {
@@ -207,35 +83,126 @@ struct Range {
     }
 };
 
-struct Rows {
-    const float* data;
-    int64_t stride;
+// How the problem is cut, and where in the workspace everything lies: counters, parts of split tiles, scratch.
+struct Plan {
+    int64_t heads_per_tile, tiles_per_group, tiles, splits, threads;
+    int64_t dim, dim_v;  // padded to whole vectors
+    int64_t counters, part, parts, scratch;  // in floats
+
+    explicit Plan(const flash_args& args) {
+        const int64_t group = args.heads_q / args.heads_kv;
+        heads_per_tile = std::max<int64_t>(1, std::min(group, TILE / args.seqlen_q));
+        tiles_per_group = ceil_div(group, heads_per_tile) * ceil_div(args.seqlen_q, TILE);
+        tiles = args.batch * args.heads_kv * tiles_per_group;
+        // Few rows cost as much as some more would: their keys are read all the same.
+        const double rows = double(args.batch * args.heads_kv) * double(std::max<int64_t>(group * args.seqlen_q, 16));
+        const double work = rows * double(args.seqlen_k) * double(args.head_dim + args.head_dim_v);
+        const double worth = std::max(1.0, std::min(work / double(THREAD_WORK), double(1 + Pool::MAX_HELPERS)));
+        threads = std::min<int64_t>(args.threads, static_cast<int64_t>(worth));
+        // Two units a thread even out what threads differ in speed.
+        const int64_t wanted = threads == 1 || tiles >= 2 * threads ? 1 : ceil_div(2 * threads, tiles);
+        splits = std::max<int64_t>(1, std::min(wanted, args.seqlen_k / SPLIT_KEYS));
+        threads = std::min(threads, tiles * splits);
+
+        dim = ceil_div(args.head_dim, LANES) * LANES;
+        dim_v = ceil_div(args.head_dim_v, LANES) * LANES;
+        counters = splits == 1 ? 0 : whole_lines(tiles);
+        part = TILE * (dim_v + 2);
+        parts = splits == 1 ? 0 : tiles * splits;
+        scratch = whole_lines(dim * TILE) + whole_lines(KEYS * MICRO_VECS * LANES) + whole_lines(packed_size(KEYS, dim)) +
+                  whole_lines(packed_size(dim_v, KEYS)) + (splits == 1 ? part : 0);
+    }
+    int64_t floats() const { return counters + parts * part + threads * scratch; }
 };
 
-// Rows of fp32 as they lie; others converted into the scratch.
-template <class T> inline Rows as_float(const T* rows, int64_t stride, int64_t count, int64_t dim, float* scratch) {
-    if constexpr (std::is_same_v<T, float>) return {rows, stride};
-    else {
-        for (int64_t row = 0; row < count; ++row)
-            for (int64_t i = 0; i < dim; ++i) scratch[row * dim + i] = widen(rows[row * stride + i]);
-        return {scratch, dim};
+// Sums over a range of keys: O unnormalised, and of each row the highest score and the sum of exp2((s - top) · scale).
+// O is [panel][e][lane], or [row][e] where the rows are few.
+struct Part {
+    float *o, *top, *sum;
+    Part(const Plan& plan, float* memory) : o(memory), top(o + TILE * plan.dim_v), sum(top + TILE) {}
+};
+
+// One thread's own memory.
+struct Scratch {
+    float *q, *s, *k, *v;
+    float* part;  // where no tile is split
+    Scratch(const Plan& plan, float* next) {
+        const auto take = [&next](int64_t floats) { return (next += whole_lines(floats)) - whole_lines(floats); };
+        q = take(plan.dim * TILE);
+        s = take(KEYS * MICRO_VECS * LANES);
+        k = take(packed_size(KEYS, plan.dim));
+        v = take(packed_size(plan.dim_v, KEYS));
+        part = next;
     }
+};
+
+// Queries that see the same K and V: rows first_row, first_row + 1, … of `heads` heads from `head` on.
+struct Tile {
+    int64_t batch, head, first_row, heads, rows_per_head, rows;
+    Range first, last;  // both ends of a Range grow with the row
+
+    Tile(const flash_args& args, int64_t batch, int64_t head, int64_t heads, int64_t first_row, int64_t rows_per_head)
+        : batch(batch), head(head), first_row(first_row), heads(heads), rows_per_head(rows_per_head),
+          rows(heads * rows_per_head), first(args, first_row), last(args, first_row + rows_per_head - 1) {}
+
+    int64_t row(int64_t index) const { return first_row + index % rows_per_head; }
+    int64_t offset(const int64_t (&stride)[3], int64_t index) const {
+        return batch * stride[0] + (head + index / rows_per_head) * stride[1] + row(index) * stride[2];
+    }
+    int64_t offset_kv(const flash_args& args, const int64_t (&stride)[3]) const {
+        return batch * stride[0] + head / (args.heads_q / args.heads_kv) * stride[1];
+    }
+};
+
+// Which keys of a block some of a tile's rows see, and whether some of them see fewer.
+struct Seen {
+    int64_t from, to;
+    bool masked;
+    Seen(const flash_args& args, const Tile& tile, int64_t row, int64_t end, int64_t key, int64_t keys) : from(0), to(keys) {
+        masked = key < tile.last.low || tile.first.high < key + keys;
+        if (!masked || tile.heads > 1) return;  // rows of several heads lie in no order
+        from = std::max<int64_t>(0, Range(args, tile.row(row)).low - key);
+        to = std::min(keys, Range(args, tile.row(end - 1)).high - key);
+        masked = from < Range(args, tile.row(end - 1)).low - key || Range(args, tile.row(row)).high - key < to;
+    }
+};
+
+// A head's last tiles come first: under a causal mask they see the most keys, and a long one drawn late is waited for.
+Tile tile_at(const flash_args& args, const Plan& plan, int64_t index) {
+    const int64_t group = args.heads_q / args.heads_kv, row_tiles = ceil_div(args.seqlen_q, TILE);
+    const int64_t heads_kv = index / plan.tiles_per_group, within = index % plan.tiles_per_group;
+    const int64_t head = within / row_tiles * plan.heads_per_tile;
+    const int64_t first_row = (row_tiles - 1 - within % row_tiles) * TILE;
+    return Tile(args, heads_kv / args.heads_kv, heads_kv % args.heads_kv * group + head,
+                std::min(plan.heads_per_tile, group - head), first_row, std::min(TILE, args.seqlen_q - first_row));
 }
 
-inline int64_t offset(const int64_t (&stride)[3], int64_t batch, int64_t head, int64_t row) {
-    return batch * stride[0] + head * stride[1] + row * stride[2];
+// ---- a tile of many rows --------------------------------------------------------------------------------------------
+
+// C = A · B + C · alpha, or A · B without alpha, for A's rows from `from`, a panel's first, to `to`, and `steps` of its
+// `pitch` steps from `step` on.
+template <class Arithmetic, int VECS>
+void multiply(const float* a, int64_t rows, int64_t pitch, int64_t from, int64_t to, int64_t step, int64_t steps,
+              const vec* b, vec* c, const vec* alpha, Ahead& ahead, int64_t lines) {
+    for (int64_t row = 0, count; row < to; row += count) {
+        count = panel_rows(rows - row);
+        ahead.fetch(lines);
+        if (row + count > from)
+            micro_kernel<Arithmetic, VECS>(count, a + step * count, steps, b, c + row * VECS, alpha);
+        a += count * pitch + LANES;
+    }
 }
 
 // -inf where the query in a lane does not see the key.
 template <int VECS>
-void apply_mask(const flash_args& args, int64_t first_row, int64_t key, int64_t keys, vec* s) {
+void apply_mask(const flash_args& args, const Tile& tile, int64_t first, int64_t key, int64_t from, int64_t to, vec* s) {
     int32_t low[VECS * LANES], high[VECS * LANES];
     for (int lane = 0; lane < VECS * LANES; ++lane) {
-        const Range seen(args, std::min(first_row + lane, args.seqlen_q - 1));
-        low[lane] = static_cast<int32_t>(std::clamp<int64_t>(seen.low - key, 0, keys));
-        high[lane] = static_cast<int32_t>(std::clamp<int64_t>(seen.high - key, 0, keys));
+        const Range seen(args, tile.row(std::min(first + lane, tile.rows - 1)));
+        low[lane] = static_cast<int32_t>(std::clamp<int64_t>(seen.low - key, 0, KEYS));
+        high[lane] = static_cast<int32_t>(std::clamp<int64_t>(seen.high - key, 0, KEYS));
     }
-    for (int32_t j = 0; j < keys; ++j)
+    for (int32_t j = static_cast<int32_t>(from); j < to; ++j)
         for (int lane = 0; lane < VECS * LANES; ++lane) {
             float& score = reinterpret_cast<float*>(s)[j * VECS * LANES + lane];
             score = low[lane] <= j && j < high[lane] ? score : -INF;
@@ -243,16 +210,18 @@ void apply_mask(const flash_args& args, int64_t first_row, int64_t key, int64_t 
 }
 
 // S becomes exp2((S - top) · scale) with the new top, and sum follows; alpha is what the sums so far are to be
-// multiplied by. S · scale - top, one FMA, would save an operation, but leave top's rounding error in the exponent.
-template <int VECS> inline void softmax(int64_t keys, float scale, vec* s, vec* top, vec* sum, vec* alpha) {
+// multiplied by. S · scale - top, one operation less with FMA, would leave top's rounding error in the exponent without.
+template <int VECS> void softmax(int64_t from, int64_t to, float scale, vec* s, vec* top, vec* sum, vec* alpha) {
     vec highest[VECS], total[VECS] = {};
     std::copy_n(top, VECS, highest);
-    for (int64_t j = 0; j < keys; ++j)
-#pragma GCC unroll 8
+    for (int64_t j = from; j < to; ++j) {
+        UNROLL
         for (int i = 0; i < VECS; ++i) highest[i] = maximum(highest[i], s[j * VECS + i]);
-    for (int64_t j = 0; j < keys; ++j)
-#pragma GCC unroll 8
+    }
+    for (int64_t j = from; j < to; ++j) {
+        UNROLL
         for (int i = 0; i < VECS; ++i) total[i] += s[j * VECS + i] = exp2((s[j * VECS + i] - highest[i]) * scale);
+    }
     for (int i = 0; i < VECS; ++i) {
         alpha[i] = exp2((top[i] - highest[i]) * scale);
         top[i] = highest[i];
@@ -260,70 +229,274 @@ template <int VECS> inline void softmax(int64_t keys, float scale, vec* s, vec* 
     }
 }
 
-// One tile: `rows` queries of one head from first_row on.
-template <class T, int VECS>
-void attend(const flash_args& args, int64_t batch, int64_t head, int64_t first_row, int64_t rows,
-            const Scratch& scratch) {
-    constexpr int WIDTH = VECS * LANES;
-    const int64_t panels = (rows + WIDTH - 1) / WIDTH, head_kv = head / (args.heads_q / args.heads_kv);
-    const int64_t dim = args.head_dim, dim_v = args.head_dim_v;
-    const float scale = static_cast<float>(args.softmax_scale * LOG2_E);
-    const T* q = static_cast<const T*>(args.q) + offset(args.q_stride, batch, head, first_row);
-    const T* k = static_cast<const T*>(args.k) + offset(args.k_stride, batch, head_kv, 0);
-    const T* v = static_cast<const T*>(args.v) + offset(args.v_stride, batch, head_kv, 0);
-    T* out = static_cast<T*>(args.out) + offset(args.out_stride, batch, head, first_row);
-
-    vec top[TILE / LANES], sum[TILE / LANES] = {}, alpha[VECS];
-    std::fill_n(top, TILE / LANES, broadcast(LOWEST));  // not -inf, so that a row without keys has no -inf - -inf
-    std::fill_n(scratch.o, panels * dim_v * VECS, vec{});
-    std::fill_n(scratch.q, panels * dim * VECS, vec{});
-    for (int64_t row = 0; row < rows; ++row) {
-        float* column = reinterpret_cast<float*>(scratch.q) + row / WIDTH * dim * WIDTH + row % WIDTH;
-        for (int64_t i = 0; i < dim; ++i) column[i * WIDTH] = widen(q[row * args.q_stride[2] + i]);
-    }
-
-    // Both ends of a Range grow with the row.
-    const Range first(args, first_row), last(args, first_row + rows - 1);
-    for (int64_t key = first.low; key < last.high; key += KEYS) {
-        const int64_t keys = std::min<int64_t>(KEYS, last.high - key);
-        const Rows k_block = as_float(k + key * args.k_stride[2], args.k_stride[2], keys, dim, scratch.k);
-        const Rows v_block = as_float(v + key * args.v_stride[2], args.v_stride[2], keys, dim_v, scratch.v);
-        const bool straddles = key < last.low || first.high < key + keys;
-        for (int64_t panel = 0; panel < panels; ++panel) {
-            const vec* q_panel = scratch.q + panel * dim * VECS;
-            vec* o_panel = scratch.o + panel * dim_v * VECS;
-            multiply<VECS>(k_block.data, k_block.stride, 1, keys, dim, q_panel, scratch.s, nullptr);
-            if (straddles) apply_mask<VECS>(args, first_row + panel * WIDTH, key, keys, scratch.s);
-            softmax<VECS>(keys, scale, scratch.s, top + panel * VECS, sum + panel * VECS, alpha);
-            multiply<VECS>(v_block.data, 1, v_block.stride, dim_v, keys, scratch.s, o_panel, alpha);
+// Where steps are pairs, rows j and j + 1 of S become row j / 2 of pairs; a last one without a second gets zeros.
+template <class Sums, int VECS> void pair_rows(int64_t from, int64_t to, vec* s) {
+    if constexpr (Sums::PER_STEP == 1) return;
+#if defined(__AVX512BF16__)
+    static const struct Interleave {
+        uint16_t index[32];
+        Interleave() {
+            for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(i / 2 + (i & 1) * 16);
+        }
+    } interleave;
+    const __m512i index = _mm512_loadu_si512(interleave.index);
+    for (int64_t j = from; j < to; j += 2) {
+        UNROLL
+        for (int i = 0; i < VECS; ++i) {
+            const vec low = s[j * VECS + i], high = j + 1 < to ? s[(j + 1) * VECS + i] : vec{};
+            const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
+            s[j / 2 * VECS + i] = reinterpret_cast<vec>(_mm512_permutexvar_epi16(index, reinterpret_cast<__m512i>(both)));
         }
     }
+#else
+    (void)from, (void)to, (void)s;
+#endif
+}
 
-    for (int64_t row = 0; row < rows; ++row) {
-        const float* column = reinterpret_cast<float*>(scratch.o) + row / WIDTH * dim_v * WIDTH + row % WIDTH;
-        const float total = reinterpret_cast<float*>(sum)[row], inverse = 1.0f / total;
-        for (int64_t i = 0; i < dim_v; ++i)
-            out[row * args.out_stride[2] + i] = narrow<T>(total == 0.0f ? 0.0f : column[i * WIDTH] * inverse);
+// Sums of a tile over the keys from low to high.
+template <class T, int VECS>
+void attend(const flash_args& args, const Tile& tile, int64_t low, int64_t high, const Scratch& scratch,
+            const Part& part) {
+    using Sums = Arithmetic<T>;
+    constexpr int64_t WIDTH = VECS * LANES, PER_STEP = Sums::PER_STEP;
+    const int64_t dim = args.head_dim, dim_v = args.head_dim_v, dim_steps = steps<T>(dim);
+    const float scale = static_cast<float>(args.softmax_scale * LOG2_E);
+    const T* q = static_cast<const T*>(args.q);
+    const T* k = static_cast<const T*>(args.k) + tile.offset_kv(args, args.k_stride);
+    const T* v = static_cast<const T*>(args.v) + tile.offset_kv(args, args.v_stride);
+    vec* s = reinterpret_cast<vec*>(scratch.s);
+
+    for (int64_t first = 0; first < tile.rows; first += WIDTH) {
+        const auto row_at = [&](int64_t i) { return q + tile.offset(args.q_stride, first + i); };
+        pack_rows<T>(row_at, std::min(WIDTH, tile.rows - first), dim, scratch.q + first * dim_steps, WIDTH);
+        std::fill_n(part.o + first * dim_v, WIDTH * dim_v, 0.0f);
+        std::fill_n(part.top + first, WIDTH, LOWEST);  // not -inf: a row without keys would have -inf - -inf
+        std::fill_n(part.sum + first, WIDTH, 0.0f);
+    }
+
+    const int64_t blocks = ceil_div(high - low, KEYS), keys_per_block = blocks ? ceil_div(high - low, blocks) : 0;
+    for (int64_t key = low; key < high; key += keys_per_block) {
+        const int64_t keys = std::min(keys_per_block, high - key), key_steps = steps<T>(keys);
+        pack_keys(k + key * args.k_stride[2], args.k_stride[2], keys, dim, scratch.k);
+        pack_columns(v + key * args.v_stride[2], args.v_stride[2], keys, dim_v, scratch.v);
+        const int64_t after = std::min(keys_per_block, high - key - keys);
+        Ahead k_ahead(k + (key + keys) * args.k_stride[2], args.k_stride[2], after, dim);
+        Ahead v_ahead(v + (key + keys) * args.v_stride[2], args.v_stride[2], after, dim_v);
+        const int64_t panels = ceil_div(tile.rows, WIDTH), k_lines = ceil_div(k_ahead.lines(), panels*ceil_div(keys, MICRO_ROWS)), v_lines = ceil_div(v_ahead.lines(), panels*ceil_div(dim_v, MICRO_ROWS));
+        for (int64_t first = 0; first < tile.rows; first += WIDTH) {
+            const Seen seen(args, tile, first, std::min(first + WIDTH, tile.rows), key, keys);
+            if (seen.from >= seen.to) continue;
+            const int64_t from = seen.from / PER_STEP * PER_STEP, to = seen.to;
+            const vec* q_panel = reinterpret_cast<const vec*>(scratch.q + first * dim_steps);
+            vec *o = reinterpret_cast<vec*>(part.o + first * dim_v), alpha[VECS];
+            multiply<Sums, VECS>(scratch.k, keys, dim_steps, from, to, 0, dim_steps, q_panel, s, nullptr, k_ahead, k_lines);
+            if (seen.masked || from < seen.from) apply_mask<VECS>(args, tile, first, key, from, to, s);
+            softmax<VECS>(from, to, scale, s, reinterpret_cast<vec*>(part.top + first),
+                          reinterpret_cast<vec*>(part.sum + first), alpha);
+            pair_rows<Sums, VECS>(from, to, s);
+            multiply<Sums, VECS>(scratch.v, dim_v, key_steps, 0, dim_v, from / PER_STEP, steps<T>(to - from),
+                                 s + from / PER_STEP * VECS, o, alpha, v_ahead, v_lines);
+        }
     }
 }
 
-int64_t tiles_per_head(const flash_args& args) { return (args.seqlen_q + TILE - 1) / TILE; }
-int64_t tiles_in_all(const flash_args& args) { return tiles_per_head(args) * args.heads_q * args.batch; }
-int64_t threads_used(const flash_args& args) {
-    return std::min({int64_t{args.threads}, tiles_in_all(args), int64_t{MAX_THREADS}});
+// ---- a tile of few rows ---------------------------------------------------------------------------------------------
+
+// s[key] = q · k and o += Σ p[key] · v for ROWS rows, in place: lanes lie along the head dimension. K and V are read once.
+// KEYS_AT_ONCE × ROWS = 8 sums are kept in registers.
+template <class T, int ROWS>
+void dot_keys(const T* k, int64_t stride, int64_t keys, int64_t dim, const float* q, int64_t q_pitch, float* s) {
+    constexpr int AT_ONCE = 8 / ROWS;
+    for (int64_t key = 0; key < keys; key += AT_ONCE) {
+        vec sum[AT_ONCE][ROWS] = {};
+        const T* row[AT_ONCE];
+        for (int j = 0; j < AT_ONCE; ++j) row[j] = k + std::min(key + j, keys - 1) * stride;
+        for (int64_t i = 0; i < dim; i += LANES) {
+            UNROLL
+            for (int j = 0; j < AT_ONCE; ++j) {
+                const vec x = load_part(row[j] + i, dim - i);
+                UNROLL
+                for (int r = 0; r < ROWS; ++r) sum[j][r] += x * load(q + r * q_pitch + i);
+            }
+        }
+        for (int j = 0; j < AT_ONCE && key + j < keys; ++j)
+            for (int r = 0; r < ROWS; ++r) s[r * FEW_KEYS + key + j] = sum_of_lanes(sum[j][r]);
+    }
 }
 
-// What each thread does: draw tiles until none is left. A head's last tiles come first: under a causal mask they see
-// the most keys, and a long tile drawn late is one that the other threads wait for.
-template <class T> void work(const flash_args& args, std::atomic<int64_t>& next, char* memory) {
-    const Scratch scratch(args, memory);
-    const int64_t tiles = tiles_per_head(args), units = tiles_in_all(args);
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
-        const int64_t head = unit / tiles % args.heads_q, batch = unit / tiles / args.heads_q;
-        const int64_t first_row = (tiles - 1 - unit % tiles) * TILE;
-        const int64_t rows = std::min<int64_t>(TILE, args.seqlen_q - first_row);
-        if (rows <= LANES) attend<T, 1>(args, batch, head, first_row, rows, scratch);
-        else attend<T, MICRO_VECS>(args, batch, head, first_row, rows, scratch);
+template <class T, int ROWS>
+void add_values(const T* v, int64_t stride, int64_t keys, int64_t dim, const float* p, float* o, int64_t o_pitch) {
+    constexpr int AT_ONCE = 4;
+    for (int64_t key = 0; key < keys; key += AT_ONCE) {
+        const T* row[AT_ONCE];
+        float weight[ROWS][AT_ONCE];
+        for (int j = 0; j < AT_ONCE; ++j) {
+            row[j] = v + std::min(key + j, keys - 1) * stride;
+            for (int r = 0; r < ROWS; ++r) weight[r][j] = key + j < keys ? p[r * FEW_KEYS + key + j] : 0.0f;
+        }
+        for (int64_t i = 0; i < dim; i += LANES) {
+            vec x[AT_ONCE];
+            UNROLL
+            for (int j = 0; j < AT_ONCE; ++j) x[j] = load_part(row[j] + i, dim - i);
+            UNROLL
+            for (int r = 0; r < ROWS; ++r) {
+                vec sum = load(o + r * o_pitch + i);
+                UNROLL
+                for (int j = 0; j < AT_ONCE; ++j) sum += weight[r][j] * x[j];
+                store(o + r * o_pitch + i, sum);
+            }
+        }
+    }
+}
+
+// f(first row, number of rows known to the compiler), for rows by fours, twos and ones.
+template <class F> void for_rows(int64_t rows, const F& f) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) f(row, std::integral_constant<int, 4>{});
+    for (; row + 2 <= rows; row += 2) f(row, std::integral_constant<int, 2>{});
+    for (; row < rows; ++row) f(row, std::integral_constant<int, 1>{});
+}
+
+template <class T>
+void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int64_t low, int64_t high,
+                const Scratch& scratch, const Part& part) {
+    const float scale = static_cast<float>(args.softmax_scale * LOG2_E);
+    const T* k = static_cast<const T*>(args.k) + tile.offset_kv(args, args.k_stride);
+    const T* v = static_cast<const T*>(args.v) + tile.offset_kv(args, args.v_stride);
+    float* s = scratch.s;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+        const T* q = static_cast<const T*>(args.q) + tile.offset(args.q_stride, row);
+        for (int64_t i = 0; i < plan.dim; i += LANES)
+            store(scratch.q + row * plan.dim + i, load_part(q + i, args.head_dim - i));
+        std::fill_n(part.o + row * plan.dim_v, plan.dim_v, 0.0f);
+        part.top[row] = LOWEST, part.sum[row] = 0.0f;
+    }
+    for (int64_t key = low; key < high; key += FEW_KEYS) {
+        const int64_t keys = std::min(FEW_KEYS, high - key);
+        const T *k_block = k + key * args.k_stride[2], *v_block = v + key * args.v_stride[2];
+        for_rows(tile.rows, [&](int64_t row, auto count) {
+            dot_keys<T, count>(k_block, args.k_stride[2], keys, args.head_dim, scratch.q + row * plan.dim, plan.dim,
+                               s + row * FEW_KEYS);
+        });
+        for (int64_t row = 0; row < tile.rows; ++row) {
+            const Range seen(args, tile.row(row));
+            float* scores = s + row * FEW_KEYS;
+            std::fill(scores, scores + std::clamp<int64_t>(seen.low - key, 0, keys), -INF);
+            std::fill(scores + std::clamp<int64_t>(seen.high - key, 0, keys), scores + FEW_KEYS, -INF);
+            vec highest = broadcast(part.top[row]), total = {};
+            for (int64_t i = 0; i < FEW_KEYS; i += LANES) highest = maximum(highest, load(scores + i));
+            const float top = maximum_of_lanes(highest), alpha = exp2(broadcast((part.top[row] - top) * scale))[0];
+            for (int64_t i = 0; i < FEW_KEYS; i += LANES) {
+                const vec p = exp2((load(scores + i) - top) * scale);
+                store(scores + i, p);
+                total += p;
+            }
+            part.top[row] = top;
+            part.sum[row] = part.sum[row] * alpha + sum_of_lanes(total);
+            if (alpha != 1.0f)
+                for (int64_t i = 0; i < plan.dim_v; i += LANES) {
+                    float* o = part.o + row * plan.dim_v + i;
+                    store(o, load(o) * alpha);
+                }
+        }
+        for_rows(tile.rows, [&](int64_t row, auto count) {
+            add_values<T, count>(v_block, args.v_stride[2], keys, args.head_dim_v, s + row * FEW_KEYS,
+                                 part.o + row * plan.dim_v, plan.dim_v);
+        });
+    }
+}
+
+// ---- results --------------------------------------------------------------------------------------------------------
+
+// Width of the panels in which a tile's O lies; 1 where its rows lie one after the other.
+int64_t panel_width(const Tile& tile) {
+    return tile.rows <= FEW_ROWS ? 1 : tile.rows <= LANES ? LANES : MICRO_VECS * LANES;
+}
+
+// Part 0 of a tile becomes the sum over all of its parts, at the highest top of each row.
+void combine(const Plan& plan, const Tile& tile, const flash_args& args, float* parts) {
+    const float scale = static_cast<float>(args.softmax_scale * LOG2_E);
+    const int64_t width = panel_width(tile), rows = ceil_div(tile.rows, width) * width;
+    const Part all(plan, parts);
+    float weight[2][TILE];
+    for (int64_t split = 1; split < plan.splits; ++split) {
+        const Part part(plan, parts + split * plan.part);
+        for (int64_t row = 0; row < rows; ++row) {
+            const float top = std::max(all.top[row], part.top[row]);
+            weight[0][row] = exp2(broadcast((all.top[row] - top) * scale))[0];
+            weight[1][row] = exp2(broadcast((part.top[row] - top) * scale))[0];
+            all.top[row] = top;
+            all.sum[row] = all.sum[row] * weight[0][row] + part.sum[row] * weight[1][row];
+        }
+        if (width == 1) {
+            for (int64_t row = 0; row < rows; ++row)
+                for (int64_t i = row * plan.dim_v; i < (row + 1) * plan.dim_v; i += LANES)
+                    store(all.o + i, load(all.o + i) * weight[0][row] + load(part.o + i) * weight[1][row]);
+        } else {
+            for (int64_t first = 0; first < rows; first += width)
+                for (int64_t i = first * args.head_dim_v; i < (first + width) * args.head_dim_v; i += LANES) {
+                    const int64_t row = first + (i - first * args.head_dim_v) % width;
+                    store(all.o + i, load(all.o + i) * load(weight[0] + row) + load(part.o + i) * load(weight[1] + row));
+                }
+        }
+    }
+}
+
+// out = O / sum, and the log-sum-exp where it is asked for; zeros and -inf for a query that sees no key.
+template <class T> void write(const flash_args& args, const Plan& plan, const Tile& tile, const Part& part) {
+    const int64_t width = panel_width(tile), dim_v = args.head_dim_v;
+    for (int64_t first = 0; first < tile.rows; first += LANES) {
+        const int64_t rows = std::min<int64_t>(LANES, tile.rows - first);
+        float inverse[LANES];
+        T* out[LANES];
+        for (int64_t i = 0; i < rows; ++i) {
+            const int64_t row = first + i;
+            const float sum = part.sum[row];
+            inverse[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
+            out[i] = static_cast<T*>(args.out) + tile.offset(args.out_stride, row);
+            if (args.lse)
+                args.lse[(tile.batch * args.heads_q + tile.head) * args.seqlen_q + tile.first_row + row] =
+                    sum == 0.0f ? -INF : static_cast<float>(part.top[row] * args.softmax_scale + std::log(double(sum)));
+        }
+        for (int64_t at = 0; at < dim_v; at += LANES) {
+            vec x[LANES];
+            if (width == 1) {
+                for (int64_t i = 0; i < rows; ++i) x[i] = load(part.o + (first + i) * plan.dim_v + at);
+            } else {
+                const float* panel = part.o + first / width * width * dim_v + first % width;
+                const int64_t columns = std::min<int64_t>(LANES, dim_v - at);
+                for (int64_t i = 0; i < LANES; ++i) x[i] = i < columns ? load(panel + (at + i) * width) : vec{};
+                transpose(x);
+            }
+            for (int64_t i = 0; i < rows; ++i)  // not 0 · O: a hidden value may be infinite
+                store_part(out[i] + at, inverse[i] == 0.0f ? vec{} : x[i] * inverse[i], dim_v - at);
+        }
+    }
+}
+
+// What each thread does: draw units until none is left.
+template <class T> void work(const flash_args& args, const Plan& plan, std::atomic<int64_t>& next, float* memory, int thread) {
+    auto* left = reinterpret_cast<std::atomic<int32_t>*>(memory);  // of each tile: the splits that have not ended yet
+    float* parts = memory + plan.counters;
+    const Scratch scratch(plan, parts + plan.parts * plan.part + thread * plan.scratch);
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.tiles * plan.splits;) {
+        const int64_t index = unit / plan.splits, split = unit % plan.splits;
+        const Tile tile = tile_at(args, plan, index);
+        const int64_t keys = std::max<int64_t>(0, tile.last.high - tile.first.low);
+        const int64_t chunk = ceil_div(keys, plan.splits);
+        const int64_t low = tile.first.low + std::min(keys, split * chunk);
+        const int64_t high = tile.first.low + std::min(keys, (split + 1) * chunk);
+        float* tile_parts = parts + index * plan.splits * plan.part;
+        const Part part(plan, plan.splits == 1 ? scratch.part : tile_parts + split * plan.part);
+        if (tile.rows <= FEW_ROWS) attend_few<T>(args, plan, tile, low, high, scratch, part);
+        else if (tile.rows <= LANES) attend<T, 1>(args, tile, low, high, scratch, part);
+        else attend<T, MICRO_VECS>(args, tile, low, high, scratch, part);
+        if (plan.splits == 1) {
+            write<T>(args, plan, tile, part);
+        } else if (left[index].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+            combine(plan, tile, args, tile_parts);
+            write<T>(args, plan, tile, Part(plan, tile_parts));
+        }
     }
 }
 
@@ -337,34 +510,43 @@ int check(const flash_args& args) {
     return FLASH_DONE;
 }
 
+template <class T> void run(const flash_args& args, const Plan& plan, float* memory) {
+    if (plan.splits > 1)
+        for (int64_t tile = 0; tile < plan.tiles; ++tile)
+            new (memory + tile) std::atomic<int32_t>(static_cast<int32_t>(plan.splits));
+    std::atomic<int64_t> next{0};
+    const auto draw = [&](int thread) { work<T>(args, plan, next, memory, thread); };
+    if (plan.threads == 1) return draw(0);
+    Pool::instance().run(static_cast<int>(plan.threads) - 1, draw);
+}
+
 }  // namespace
+
+// The instruction sets that this was compiled for.
+extern "C" const char* flash_attention_isa() { return ISA; }
 
 // The bytes that args->workspace must have, at any alignment; -1 where flash_attention would refuse the arguments.
 // Of the pointers in args it reads none.
 extern "C" int64_t flash_attention_workspace(const flash_args* args) {
-    return check(*args) ? -1 : Scratch::bytes(*args) * threads_used(*args) + ALIGNMENT;
+    return check(*args) ? -1 : (Plan(*args).floats() + LINE) * int64_t{sizeof(float)};
 }
 
-// 0 where it is done, else the flash_status that says which argument it refuses. Allocates nothing but its threads,
-// and ends with them. Two calls at a time need two workspaces. The result does not depend on the number of threads.
+// The threads that will share the work at most; 0 where flash_attention would refuse the arguments.
+extern "C" int32_t flash_attention_threads(const flash_args* args) {
+    return check(*args) ? 0 : static_cast<int32_t>(Plan(*args).threads);
+}
+
+// 0 where it is done, else the flash_status that says which argument it refuses. Two calls at a time need two
+// workspaces. With the same number of threads the result is the same, bit by bit.
 extern "C" int flash_attention(const flash_args* args) {
     if (const int status = check(*args)) return status;
     if (!args->q || !args->k || !args->v || !args->out || !args->workspace) return FLASH_NULL_POINTER;
-    const auto run = args->dtype == 0 ? work<float> : args->dtype == 1 ? work<half> : work<bfloat>;
     const auto address = reinterpret_cast<uintptr_t>(args->workspace);
-    char* memory = static_cast<char*>(args->workspace) + (ALIGNMENT - address % ALIGNMENT);
-    const int64_t bytes = Scratch::bytes(*args), helpers = threads_used(*args) - 1;
-
-    std::atomic<int64_t> next{0};
-    std::thread threads[MAX_THREADS];
-    int64_t started = 0;
-    try {
-        for (; started < helpers; ++started)
-            threads[started] = std::thread(run, std::cref(*args), std::ref(next), memory + bytes * (started + 1));
-    } catch (const std::exception&) {
-        // The system has no thread left to give: those that started and this one draw all the tiles.
-    }
-    run(*args, next, memory);
-    for (int64_t i = 0; i < started; ++i) threads[i].join();
+    constexpr uintptr_t ALIGNMENT = LINE * sizeof(float);
+    float* memory = reinterpret_cast<float*>((address + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    const Plan plan(*args);
+    if (args->dtype == 0) run<float>(*args, plan, memory);
+    else if (args->dtype == 1) run<half>(*args, plan, memory);
+    else run<bfloat>(*args, plan, memory);
     return FLASH_DONE;
 }

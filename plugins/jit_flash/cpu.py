@@ -1,13 +1,17 @@
-"""Owns jit_flash on a CPU: compiles kernels/cpu/flash_attention.cpp and calls it. Knows nothing of its insides."""
+"""Owns jit_flash on a CPU: compiles kernels/cpu/flash_attention.cpp for this CPU's instruction sets and calls it.
+
+Knows nothing of the kernel's insides.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
-from attnbench import jit
+from attnbench import jit, settings
 from attnbench.backend import Backend
 from attnbench.problem import DeviceKind, Problem
 
@@ -16,15 +20,34 @@ if TYPE_CHECKING:
 
 MAX_HEAD_DIM = 256
 """MAX_DIM in the kernel."""
-TILE = 64
-"""TILE in the kernel: the queries that one thread takes at a time."""
+
+
+@dataclass(frozen=True)
+class Isa:
+    """Instruction sets that the kernel has a path for, as its flash_attention_isa calls them."""
+
+    name: str
+    needs: tuple[str, ...]
+    """What the CPU must report for it."""
+    flags: tuple[str, ...]
+    """For the compiler, where a better path is there too."""
+
+
+ISAS = (
+    Isa("avx512_bf16", ("avx512f", "avx512bw", "avx512_bf16"), ()),
+    Isa("avx512", ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"), ("-march=x86-64-v4",)),
+    Isa("avx2", ("avx2", "fma", "f16c"), ("-march=x86-64-v3",)),
+    Isa("neon", ("asimd",), ()),
+    Isa("portable", (), ("-march=x86-64",)),
+)
+"""Best first."""
 
 
 class FlashArgs(ctypes.Structure):
     """flash_args in the kernel, which says what the fields mean."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "workspace", "lse")),
         *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out")),
         *((name, ctypes.c_int64) for name in ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k")),
         *((name, ctypes.c_int64) for name in ("head_dim", "head_dim_v", "window")),
@@ -34,18 +57,27 @@ class FlashArgs(ctypes.Structure):
 
 
 class JitFlashCpu(Backend):
-    """Forward attention in fp32 arithmetic on fp32, fp16 and bf16 tensors whose last dimension is contiguous."""
+    """Forward attention on fp32, fp16 and bf16 tensors whose last dimension is contiguous.
+
+    fp32 and fp16 are computed in fp32, bf16 too unless the CPU multiplies bf16 itself (AVX512-BF16). It runs on as many
+    threads as torch had at `prepare`. ATTNBENCH_CPU_ISA, the name of one of ISAS, forces a lesser path.
+    """
 
     name = "jit_flash"
     device: DeviceKind = "cpu"
-    summary = "JIT-compiled C++ flash attention (tiled online softmax)"
+
+    @property
+    def summary(self) -> str:  # type: ignore[override]
+        isa, _ = _isa()
+        return f"JIT-compiled C++ flash attention ({isa.name})"
 
     @property
     def sources(self) -> Sequence[str]:  # type: ignore[override]
         return [str(files("attnbench_kernels") / "cpu")]
 
     def unavailable(self) -> str | None:
-        return jit.missing(jit.cpp_toolchain)
+        _, problem = _isa()
+        return problem or jit.missing(jit.cpp_toolchain)
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":
@@ -55,11 +87,15 @@ class JitFlashCpu(Backend):
                 return f"{name} {getattr(problem, name)} is above {MAX_HEAD_DIM}"
         return None
 
-    def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    def prepare(
+        self, problem: Problem, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None
+    ) -> Callable[[], Tensor]:
         """Compile the kernel, fill its arguments, allocate output and workspace.
 
-        The output is contiguous and the same tensor at each call. Raises ValueError where a tensor is not what the
-        problem says or its last dimension is not contiguous, or the kernel refuses the problem, and CompileError.
+        The output is contiguous and the same tensor at each call. A contiguous `lse` of (batch, heads_q, seqlen_q) in
+        fp32 gets log Σ exp(softmax_scale · q · k) of each query, and -inf where it sees no key. Raises ValueError where
+        a tensor is not what the problem says or its last dimension is not contiguous, or the kernel refuses the
+        problem, and CompileError.
         """
         import torch
 
@@ -72,29 +108,19 @@ class JitFlashCpu(Backend):
                 raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, not what {problem.case_id} has")
             if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
                 raise ValueError(f"the last dimension of {name} must be contiguous: its stride is {tensor.stride(-1)}")
+        if lse is not None and not (
+            lse.shape == problem.out_shape[:3] and lse.dtype == torch.float32 and lse.is_contiguous()
+        ):
+            raise ValueError(f"lse must be contiguous, of {problem.out_shape[:3]} in torch.float32")
 
-        args = FlashArgs(
-            batch=problem.batch,
-            heads_q=problem.heads_q,
-            heads_kv=problem.heads_kv,
-            seqlen_q=problem.seqlen_q,
-            seqlen_k=problem.seqlen_k,
-            head_dim=problem.head_dim,
-            head_dim_v=problem.head_dim_v,
-            # A window this wide hides nothing; a wider one could overflow in the kernel.
-            window=0 if problem.window is None else min(problem.window, problem.seqlen_q + problem.seqlen_k),
-            softmax_scale=problem.softmax_scale,
-            dtype=list(dtypes.values()).index(dtype),
-            causal=problem.causal,
-            threads=torch.get_num_threads(),
-        )
+        args = _arguments(problem, list(dtypes).index(problem.resolve(self.device).dtype))
         for name, tensor in tensors.items():
             setattr(args, name, tensor.data_ptr())
             setattr(args, f"{name}_stride", tensor.stride()[:3])
+        if lse is not None:
+            args.lse = lse.data_ptr()
 
-        with as_file(files("attnbench_kernels") / "cpu" / "flash_attention.cpp") as source:
-            library = jit.compile(source, flags=("-pthread",)).load()
-        library.flash_attention_workspace.restype = ctypes.c_int64
+        library = _library()
         workspace_bytes = library.flash_attention_workspace(ctypes.byref(args))
         if workspace_bytes < 0:
             raise ValueError(f"the kernel refuses {problem.case_id}")
@@ -102,9 +128,9 @@ class JitFlashCpu(Backend):
         args.workspace = workspace.data_ptr()
 
         kernel, pointer, out = library.flash_attention, ctypes.byref(args), tensors["out"]
-        owners = (q, k, v, workspace)  # args holds their addresses, which keep nothing alive
+        owners = (q, k, v, workspace, lse)  # args holds their addresses, which keep nothing alive
 
-        def attend(_owners: tuple[Tensor, ...] = owners) -> Tensor:
+        def attend(_owners: tuple[Tensor | None, ...] = owners) -> Tensor:
             if status := kernel(pointer):
                 raise RuntimeError(f"the kernel refuses its arguments: flash_status {status}")
             return out
@@ -112,7 +138,51 @@ class JitFlashCpu(Backend):
         return attend
 
     def parallel_units(self, problem: Problem) -> int:
-        import torch
+        """The threads that share the work: fewer than torch's where there is too little of it."""
+        return int(_library().flash_attention_threads(ctypes.byref(_arguments(problem, 0))))
 
-        tiles = -(-problem.seqlen_q // TILE) * problem.heads_q * problem.batch
-        return min(torch.get_num_threads(), tiles)
+
+def _arguments(problem: Problem, dtype: int) -> FlashArgs:
+    """What the kernel has to know of a problem but for the tensors."""
+    import torch
+
+    return FlashArgs(
+        batch=problem.batch,
+        heads_q=problem.heads_q,
+        heads_kv=problem.heads_kv,
+        seqlen_q=problem.seqlen_q,
+        seqlen_k=problem.seqlen_k,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        # A window this wide hides nothing; a wider one could overflow in the kernel.
+        window=0 if problem.window is None else min(problem.window, problem.seqlen_q + problem.seqlen_k),
+        softmax_scale=problem.softmax_scale,
+        dtype=dtype,
+        causal=problem.causal,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _isa() -> tuple[Isa, str | None]:
+    """The path to take, and why it cannot be taken: None unless ATTNBENCH_CPU_ISA asks for what is not there."""
+    features = jit.cpu_features().split()
+    lacks = {isa.name: [feature for feature in isa.needs if feature not in features] for isa in ISAS}
+    best = next(isa for isa in ISAS if not lacks[isa.name])
+    forced = settings.cpu_isa()
+    if forced is None:
+        return best, None
+    for isa in ISAS:
+        if isa.name == forced:
+            missing = lacks[forced]
+            return isa, f"this CPU has no {missing[0]}: unset ATTNBENCH_CPU_ISA={forced}" if missing else None
+    return best, f"ATTNBENCH_CPU_ISA={forced} is not one of {', '.join(isa.name for isa in ISAS)}"
+
+
+def _library() -> ctypes.CDLL:
+    isa, _ = _isa()
+    with as_file(files("attnbench_kernels") / "cpu") as folder:
+        flags = ("-pthread", *(isa.flags if settings.cpu_isa() else ()))
+        library = jit.compile(folder / "flash_attention.cpp", flags=flags).load()
+    library.flash_attention_isa.restype = ctypes.c_char_p
+    library.flash_attention_workspace.restype = ctypes.c_int64
+    return library
