@@ -99,8 +99,8 @@ struct Plan {
         const double work = rows * double(args.seqlen_k) * double(args.head_dim + args.head_dim_v);
         const double worth = std::max(1.0, std::min(work / double(THREAD_WORK), double(1 + Pool::MAX_HELPERS)));
         threads = std::min<int64_t>(args.threads, static_cast<int64_t>(worth));
-        // Two units a thread even out what threads differ in speed.
-        const int64_t wanted = threads == 1 || tiles >= 2 * threads ? 1 : ceil_div(2 * threads, tiles);
+        // Four units a thread even out what threads differ in speed.
+        const int64_t wanted = threads == 1 || tiles >= 4 * threads ? 1 : ceil_div(4 * threads, tiles);
         splits = std::max<int64_t>(1, std::min(wanted, args.seqlen_k / SPLIT_KEYS));
         threads = std::min(threads, tiles * splits);
 
