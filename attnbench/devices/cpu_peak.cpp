@@ -1,7 +1,8 @@
 // What this CPU can do at most: multiply-adds a second, and bytes read a second from a working set of a given size.
 //
 //   attnbench_fp32_gflops(threads)                   GFLOP/s of fp32 multiply-adds in the widest vectors
-//   attnbench_bf16_gflops(threads)                   GFLOP/s of bf16 dot products into fp32; 0 without AVX512-BF16
+//   attnbench_bf16_gflops(threads)                   GFLOP/s of bf16 products into fp32, by AMX where it is there, else
+//                                                    by dot products; 0 where there is neither
 //   attnbench_read_gbps(threads, bytes_per_thread)   GB/s read over and over, each thread its own bytes
 //
 // Each is the sum of every thread's best moment while all of them work, so that it stays an upper bound on a machine
@@ -22,6 +23,10 @@
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -125,6 +130,42 @@ struct Bf16Dot {
 };
 #endif
 
+#ifdef __AMX_BF16__
+class TileDot {
+  public:
+    double operator()() {
+        constexpr int kSteps = 2048;
+        const Tiles tiles;
+        for (int step = 0; step < kSteps; ++step) {  // four sums of 16 × 16 from two tiles of either side
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        return 2.0 * kSteps * 4 * 16 * 16 * 32;
+    }
+
+  private:
+    struct Tiles {
+        Tiles() {
+            alignas(64) struct {
+                std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+                std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+                std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+            } const config;
+            _tile_loadconfig(&config);  // sets all tiles to zeros
+        }
+        ~Tiles() { _tile_release(); }
+    };
+};
+
+// Linux lets a process use tiles where it has asked for them.
+bool tiles_granted() {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 struct Free {
     void operator()(void* data) const { std::free(data); }
 };
@@ -172,6 +213,9 @@ extern "C" double attnbench_fp32_gflops(int threads) {
 }
 
 extern "C" double attnbench_bf16_gflops(int threads) {
+#ifdef __AMX_BF16__
+    if (tiles_granted()) return best_rate(threads, [] { return TileDot{}; }) / 1e9;
+#endif
 #ifdef __AVX512BF16__
     return best_rate(threads, [] { return Bf16Dot{}; }) / 1e9;
 #else

@@ -35,7 +35,9 @@
 
 #include "gemm.h"
 #include "pool.h"
-#include "simd.h"
+#if defined(FLASH_AMX)
+#include "amx.h"
+#endif
 
 // Strides count elements; the last dimension has stride 1. Mirrored by FlashArgs in plugins/jit_flash/cpu.py.
 struct flash_args {
@@ -51,14 +53,14 @@ struct flash_args {
     int32_t threads;  // at most
 };
 
-enum flash_status : int { FLASH_DONE, FLASH_BAD_SHAPE, FLASH_BAD_DTYPE, FLASH_BAD_THREADS, FLASH_NULL_POINTER };
+enum flash_status : int {
+    FLASH_DONE, FLASH_BAD_SHAPE, FLASH_BAD_DTYPE, FLASH_BAD_THREADS, FLASH_NULL_POINTER, FLASH_NO_TILES
+};
 
 namespace {
 
 // Queries of a tile: each packs all of its keys, which costs about 1/50 of the products at 128 and d = 128.
 constexpr int64_t TILE = 256;
-// Keys of a block, a multiple of MICRO_ROWS and even.
-constexpr int64_t KEYS = 144;
 constexpr int64_t FEW_ROWS = 8;
 constexpr int64_t FEW_KEYS = 64;
 constexpr int64_t MAX_DIM = 256;
@@ -69,8 +71,15 @@ constexpr int64_t LINE = 32;  // floats: two cache lines, for they are fetched i
 
 constexpr double LOG2_E = 1.4426950408889634;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t whole_lines(int64_t floats) { return ceil_div(floats, LINE) * LINE; }
+#if defined(FLASH_AMX)
+template <class T> using Products = std::conditional_t<std::is_same_v<T, bfloat>, AmxProducts, VectorProducts<T>>;
+constexpr int64_t DIM_GRAIN = AmxProducts::PANEL;
+#else
+template <class T> using Products = VectorProducts<T>;
+constexpr int64_t DIM_GRAIN = LANES;
+#endif
+
+int64_t whole_lines(int64_t floats) { return round_up(floats, LINE); }
 
 // The keys that a query sees, as Problem.key_range has them; none where low >= high.
 struct Range {
@@ -83,13 +92,29 @@ struct Range {
     }
 };
 
+// What a thread's scratch has to hold, in floats; the most that a dtype takes.
+struct Room {
+    int64_t s = 0, k = 0, v = 0;
+    template <class T> void have(const flash_args& args) {
+        s = std::max(s, Products<T>::KEYS * MICRO_VECS * LANES);
+        k = std::max(k, Products<T>::k_floats(args.head_dim));
+        v = std::max(v, Products<T>::v_floats(args.head_dim_v));
+    }
+    explicit Room(const flash_args& args) {
+        if (args.dtype == 0) have<float>(args);
+        else if (args.dtype == 1) have<half>(args);
+        else have<bfloat>(args);
+    }
+};
+
 // How the problem is cut, and where in the workspace everything lies: counters, parts of split tiles, scratch.
 struct Plan {
     int64_t heads_per_tile, tiles_per_group, tiles, splits, threads;
-    int64_t dim, dim_v;  // padded to whole vectors
+    int64_t dim, dim_v;  // padded to whole vectors or tiles
     int64_t counters, part, parts, scratch;  // in floats
+    Room room;
 
-    explicit Plan(const flash_args& args) {
+    explicit Plan(const flash_args& args) : room(args) {
         const int64_t group = args.heads_q / args.heads_kv;
         heads_per_tile = std::max<int64_t>(1, std::min(group, TILE / args.seqlen_q));
         tiles_per_group = ceil_div(group, heads_per_tile) * ceil_div(args.seqlen_q, TILE);
@@ -104,13 +129,13 @@ struct Plan {
         splits = std::max<int64_t>(1, std::min(wanted, args.seqlen_k / SPLIT_KEYS));
         threads = std::min(threads, tiles * splits);
 
-        dim = ceil_div(args.head_dim, LANES) * LANES;
-        dim_v = ceil_div(args.head_dim_v, LANES) * LANES;
+        dim = round_up(args.head_dim, DIM_GRAIN);
+        dim_v = round_up(args.head_dim_v, DIM_GRAIN);
         counters = splits == 1 ? 0 : whole_lines(tiles);
         part = TILE * (dim_v + 2);
         parts = splits == 1 ? 0 : tiles * splits;
-        scratch = whole_lines(dim * TILE) + whole_lines(KEYS * MICRO_VECS * LANES) + whole_lines(packed_size(KEYS, dim)) +
-                  whole_lines(packed_size(dim_v, KEYS)) + (splits == 1 ? part : 0);
+        scratch = whole_lines(dim * TILE) + whole_lines(room.s) + whole_lines(room.k) + whole_lines(room.v) +
+                  (splits == 1 ? part : 0);
     }
     int64_t floats() const { return counters + parts * part + threads * scratch; }
 };
@@ -129,9 +154,9 @@ struct Scratch {
     Scratch(const Plan& plan, float* next) {
         const auto take = [&next](int64_t floats) { return (next += whole_lines(floats)) - whole_lines(floats); };
         q = take(plan.dim * TILE);
-        s = take(KEYS * MICRO_VECS * LANES);
-        k = take(packed_size(KEYS, plan.dim));
-        v = take(packed_size(plan.dim_v, KEYS));
+        s = take(plan.room.s);
+        k = take(plan.room.k);
+        v = take(plan.room.v);
         part = next;
     }
 };
@@ -179,28 +204,14 @@ Tile tile_at(const flash_args& args, const Plan& plan, int64_t index) {
 
 // ---- a tile of many rows --------------------------------------------------------------------------------------------
 
-// C = A · B + C · alpha, or A · B without alpha, for A's rows from `from`, a panel's first, to `to`, and `steps` of its
-// `pitch` steps from `step` on.
-template <class Arithmetic, int VECS>
-void multiply(const float* a, int64_t rows, int64_t pitch, int64_t from, int64_t to, int64_t step, int64_t steps,
-              const vec* b, vec* c, const vec* alpha, Ahead& ahead, int64_t lines) {
-    for (int64_t row = 0, count; row < to; row += count) {
-        count = panel_rows(rows - row);
-        ahead.fetch(lines);
-        if (row + count > from)
-            micro_kernel<Arithmetic, VECS>(count, a + step * count, steps, b, c + row * VECS, alpha);
-        a += count * pitch + LANES;
-    }
-}
-
 // -inf where the query in a lane does not see the key.
 template <int VECS>
 void apply_mask(const flash_args& args, const Tile& tile, int64_t first, int64_t key, int64_t from, int64_t to, vec* s) {
     int32_t low[VECS * LANES], high[VECS * LANES];
     for (int lane = 0; lane < VECS * LANES; ++lane) {
         const Range seen(args, tile.row(std::min(first + lane, tile.rows - 1)));
-        low[lane] = static_cast<int32_t>(std::clamp<int64_t>(seen.low - key, 0, KEYS));
-        high[lane] = static_cast<int32_t>(std::clamp<int64_t>(seen.high - key, 0, KEYS));
+        low[lane] = static_cast<int32_t>(std::clamp<int64_t>(seen.low - key, 0, to));
+        high[lane] = static_cast<int32_t>(std::clamp<int64_t>(seen.high - key, 0, to));
     }
     for (int32_t j = static_cast<int32_t>(from); j < to; ++j)
         for (int lane = 0; lane < VECS * LANES; ++lane) {
@@ -210,17 +221,22 @@ void apply_mask(const flash_args& args, const Tile& tile, int64_t first, int64_t
 }
 
 // S becomes exp2((S - top) · scale) with the new top, and sum follows; alpha is what the sums so far are to be
-// multiplied by. S · scale - top, one operation less with FMA, would leave top's rounding error in the exponent without.
-template <int VECS> void softmax(int64_t from, int64_t to, float scale, vec* s, vec* top, vec* sum, vec* alpha) {
+// multiplied by. Where that is not free, top stays as long as no score exceeds it by more than 2⁸ would show.
+// S · scale - top, one operation less with FMA, would leave top's rounding error in the exponent without.
+template <class T, int VECS>
+void softmax(int64_t from, int64_t to, float scale, vec* s, vec* top, vec* sum, vec* alpha) {
     vec highest[VECS], total[VECS] = {};
     std::copy_n(top, VECS, highest);
     for (int64_t j = from; j < to; ++j) {
         UNROLL
         for (int i = 0; i < VECS; ++i) highest[i] = maximum(highest[i], s[j * VECS + i]);
     }
+    if constexpr (!Products<T>::RESCALES_FREE)
+        for (int i = 0; i < VECS; ++i) highest[i] = (highest[i] - top[i]) * scale > 8.0f ? highest[i] : top[i];
     for (int64_t j = from; j < to; ++j) {
         UNROLL
-        for (int i = 0; i < VECS; ++i) total[i] += s[j * VECS + i] = exp2((s[j * VECS + i] - highest[i]) * scale);
+        for (int i = 0; i < VECS; ++i)
+            total[i] += s[j * VECS + i] = exp2<IN_PAIRS<T>>((s[j * VECS + i] - highest[i]) * scale);
     }
     for (int i = 0; i < VECS; ++i) {
         alpha[i] = exp2((top[i] - highest[i]) * scale);
@@ -229,9 +245,10 @@ template <int VECS> void softmax(int64_t from, int64_t to, float scale, vec* s, 
     }
 }
 
-// Where steps are pairs, rows j and j + 1 of S become row j / 2 of pairs; a last one without a second gets zeros.
-template <class Sums, int VECS> void pair_rows(int64_t from, int64_t to, vec* s) {
-    if constexpr (Sums::PER_STEP == 1) return;
+// Where steps are pairs, rows j and j + 1 of S become row j / 2 of pairs, rounded to bf16, up to the end of the last
+// grain, with zeros for rows from `to` on.
+template <class T, int VECS> void pair_rows(int64_t from, int64_t to, vec* s) {
+    if constexpr (!IN_PAIRS<T>) return;
 #if defined(__AVX512BF16__)
     static const struct Interleave {
         uint16_t index[32];
@@ -248,6 +265,7 @@ template <class Sums, int VECS> void pair_rows(int64_t from, int64_t to, vec* s)
             s[j / 2 * VECS + i] = reinterpret_cast<vec>(_mm512_permutexvar_epi16(index, reinterpret_cast<__m512i>(both)));
         }
     }
+    std::fill(s + steps<T>(to) * VECS, s + round_up(to, Products<T>::GRAIN) / 2 * VECS, vec{});
 #else
     (void)from, (void)to, (void)s;
 #endif
@@ -255,11 +273,12 @@ template <class Sums, int VECS> void pair_rows(int64_t from, int64_t to, vec* s)
 
 // Sums of a tile over the keys from low to high.
 template <class T, int VECS>
-void attend(const flash_args& args, const Tile& tile, int64_t low, int64_t high, const Scratch& scratch,
-            const Part& part) {
-    using Sums = Arithmetic<T>;
-    constexpr int64_t WIDTH = VECS * LANES, PER_STEP = Sums::PER_STEP;
-    const int64_t dim = args.head_dim, dim_v = args.head_dim_v, dim_steps = steps<T>(dim);
+void attend(const flash_args& args, const Plan& plan, const Tile& tile, int64_t low, int64_t high,
+            const Scratch& scratch, const Part& part) {
+    using Products = ::Products<T>;
+    constexpr int64_t WIDTH = VECS * LANES, KEYS = Products::KEYS, GRAIN = Products::GRAIN;
+    const int64_t dim = args.head_dim, dim_v = args.head_dim_v, dim_steps = Products::dim_steps(dim);
+    const int64_t panels = ceil_div(tile.rows, WIDTH);
     const float scale = static_cast<float>(args.softmax_scale * LOG2_E);
     const T* q = static_cast<const T*>(args.q);
     const T* k = static_cast<const T*>(args.k) + tile.offset_kv(args, args.k_stride);
@@ -268,34 +287,32 @@ void attend(const flash_args& args, const Tile& tile, int64_t low, int64_t high,
 
     for (int64_t first = 0; first < tile.rows; first += WIDTH) {
         const auto row_at = [&](int64_t i) { return q + tile.offset(args.q_stride, first + i); };
-        pack_rows<T>(row_at, std::min(WIDTH, tile.rows - first), dim, scratch.q + first * dim_steps, WIDTH);
-        std::fill_n(part.o + first * dim_v, WIDTH * dim_v, 0.0f);
+        pack_rows<T>(row_at, std::min(WIDTH, tile.rows - first), dim, dim_steps, scratch.q + first * dim_steps, WIDTH);
+        std::fill_n(part.o + first * plan.dim_v, WIDTH * plan.dim_v, 0.0f);
         std::fill_n(part.top + first, WIDTH, LOWEST);  // not -inf: a row without keys would have -inf - -inf
         std::fill_n(part.sum + first, WIDTH, 0.0f);
     }
 
     const int64_t blocks = ceil_div(high - low, KEYS), keys_per_block = blocks ? ceil_div(high - low, blocks) : 0;
     for (int64_t key = low; key < high; key += keys_per_block) {
-        const int64_t keys = std::min(keys_per_block, high - key), key_steps = steps<T>(keys);
-        pack_keys(k + key * args.k_stride[2], args.k_stride[2], keys, dim, scratch.k);
-        pack_columns(v + key * args.v_stride[2], args.v_stride[2], keys, dim_v, scratch.v);
-        const int64_t after = std::min(keys_per_block, high - key - keys);
-        Ahead k_ahead(k + (key + keys) * args.k_stride[2], args.k_stride[2], after, dim);
-        Ahead v_ahead(v + (key + keys) * args.v_stride[2], args.v_stride[2], after, dim_v);
-        const int64_t panels = ceil_div(tile.rows, WIDTH), k_lines = ceil_div(k_ahead.lines(), panels*ceil_div(keys, MICRO_ROWS)), v_lines = ceil_div(v_ahead.lines(), panels*ceil_div(dim_v, MICRO_ROWS));
+        const int64_t keys = std::min(keys_per_block, high - key), next = key + keys;
+        const int64_t after = std::min(keys_per_block, high - next);
+        Products::pack_keys(k + key * args.k_stride[2], args.k_stride[2], keys, dim, scratch.k);
+        Products::pack_columns(v + key * args.v_stride[2], args.v_stride[2], keys, dim_v, scratch.v);
+        Ahead k_ahead(k + next * args.k_stride[2], args.k_stride[2], after, dim, panels * Products::panels(keys));
+        Ahead v_ahead(v + next * args.v_stride[2], args.v_stride[2], after, dim_v, panels * Products::panels(dim_v));
         for (int64_t first = 0; first < tile.rows; first += WIDTH) {
             const Seen seen(args, tile, first, std::min(first + WIDTH, tile.rows), key, keys);
             if (seen.from >= seen.to) continue;
-            const int64_t from = seen.from / PER_STEP * PER_STEP, to = seen.to;
+            const int64_t from = seen.from / GRAIN * GRAIN, to = seen.to;
             const vec* q_panel = reinterpret_cast<const vec*>(scratch.q + first * dim_steps);
-            vec *o = reinterpret_cast<vec*>(part.o + first * dim_v), alpha[VECS];
-            multiply<Sums, VECS>(scratch.k, keys, dim_steps, from, to, 0, dim_steps, q_panel, s, nullptr, k_ahead, k_lines);
+            vec *o = reinterpret_cast<vec*>(part.o + first * plan.dim_v), alpha[VECS];
+            Products::template scores<VECS>(scratch.k, keys, dim, from, to, q_panel, s, k_ahead);
             if (seen.masked || from < seen.from) apply_mask<VECS>(args, tile, first, key, from, to, s);
-            softmax<VECS>(from, to, scale, s, reinterpret_cast<vec*>(part.top + first),
-                          reinterpret_cast<vec*>(part.sum + first), alpha);
-            pair_rows<Sums, VECS>(from, to, s);
-            multiply<Sums, VECS>(scratch.v, dim_v, key_steps, 0, dim_v, from / PER_STEP, steps<T>(to - from),
-                                 s + from / PER_STEP * VECS, o, alpha, v_ahead, v_lines);
+            softmax<T, VECS>(from, to, scale, s, reinterpret_cast<vec*>(part.top + first),
+                             reinterpret_cast<vec*>(part.sum + first), alpha);
+            pair_rows<T, VECS>(from, to, s);
+            Products::template add_values<VECS>(scratch.v, keys, dim_v, from, to, s, o, alpha, v_ahead);
         }
     }
 }
@@ -414,7 +431,7 @@ int64_t panel_width(const Tile& tile) {
 }
 
 // Part 0 of a tile becomes the sum over all of its parts, at the highest top of each row.
-void combine(const Plan& plan, const Tile& tile, const flash_args& args, float* parts) {
+void combine(const flash_args& args, const Plan& plan, const Tile& tile, float* parts) {
     const float scale = static_cast<float>(args.softmax_scale * LOG2_E);
     const int64_t width = panel_width(tile), rows = ceil_div(tile.rows, width) * width;
     const Part all(plan, parts);
@@ -434,8 +451,8 @@ void combine(const Plan& plan, const Tile& tile, const flash_args& args, float* 
                     store(all.o + i, load(all.o + i) * weight[0][row] + load(part.o + i) * weight[1][row]);
         } else {
             for (int64_t first = 0; first < rows; first += width)
-                for (int64_t i = first * args.head_dim_v; i < (first + width) * args.head_dim_v; i += LANES) {
-                    const int64_t row = first + (i - first * args.head_dim_v) % width;
+                for (int64_t i = first * plan.dim_v; i < (first + width) * plan.dim_v; i += LANES) {
+                    const int64_t row = first + (i - first * plan.dim_v) % width;
                     store(all.o + i, load(all.o + i) * load(weight[0] + row) + load(part.o + i) * load(weight[1] + row));
                 }
         }
@@ -463,7 +480,7 @@ template <class T> void write(const flash_args& args, const Plan& plan, const Ti
             if (width == 1) {
                 for (int64_t i = 0; i < rows; ++i) x[i] = load(part.o + (first + i) * plan.dim_v + at);
             } else {
-                const float* panel = part.o + first / width * width * dim_v + first % width;
+                const float* panel = part.o + first / width * width * plan.dim_v + first % width;
                 const int64_t columns = std::min<int64_t>(LANES, dim_v - at);
                 for (int64_t i = 0; i < LANES; ++i) x[i] = i < columns ? load(panel + (at + i) * width) : vec{};
                 transpose(x);
@@ -478,6 +495,10 @@ template <class T> void write(const flash_args& args, const Plan& plan, const Ti
 template <class T> void work(const flash_args& args, const Plan& plan, std::atomic<int64_t>& next, float* memory, int thread) {
     auto* left = reinterpret_cast<std::atomic<int32_t>*>(memory);  // of each tile: the splits that have not ended yet
     float* parts = memory + plan.counters;
+#if defined(FLASH_AMX)
+    const std::conditional_t<std::is_same_v<T, bfloat>, AmxTiles, int> tiles{};
+    (void)tiles;
+#endif
     const Scratch scratch(plan, parts + plan.parts * plan.part + thread * plan.scratch);
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.tiles * plan.splits;) {
         const int64_t index = unit / plan.splits, split = unit % plan.splits;
@@ -489,12 +510,12 @@ template <class T> void work(const flash_args& args, const Plan& plan, std::atom
         float* tile_parts = parts + index * plan.splits * plan.part;
         const Part part(plan, plan.splits == 1 ? scratch.part : tile_parts + split * plan.part);
         if (tile.rows <= FEW_ROWS) attend_few<T>(args, plan, tile, low, high, scratch, part);
-        else if (tile.rows <= LANES) attend<T, 1>(args, tile, low, high, scratch, part);
-        else attend<T, MICRO_VECS>(args, tile, low, high, scratch, part);
+        else if (tile.rows <= LANES) attend<T, 1>(args, plan, tile, low, high, scratch, part);
+        else attend<T, MICRO_VECS>(args, plan, tile, low, high, scratch, part);
         if (plan.splits == 1) {
             write<T>(args, plan, tile, part);
         } else if (left[index].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-            combine(plan, tile, args, tile_parts);
+            combine(args, plan, tile, tile_parts);
             write<T>(args, plan, tile, Part(plan, tile_parts));
         }
     }
@@ -545,6 +566,9 @@ extern "C" int flash_attention(const flash_args* args) {
     constexpr uintptr_t ALIGNMENT = LINE * sizeof(float);
     float* memory = reinterpret_cast<float*>((address + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     const Plan plan(*args);
+#if defined(FLASH_AMX)
+    if (args->dtype == 2 && !amx_granted()) return FLASH_NO_TILES;
+#endif
     if (args->dtype == 0) run<float>(*args, plan, memory);
     else if (args->dtype == 1) run<half>(*args, plan, memory);
     else run<bfloat>(*args, plan, memory);

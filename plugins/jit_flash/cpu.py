@@ -34,7 +34,8 @@ class Isa:
 
 
 ISAS = (
-    Isa("avx512_bf16", ("avx512f", "avx512bw", "avx512_bf16"), ()),
+    Isa("amx_bf16", ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512_bf16"), ()),
+    Isa("avx512_bf16", ("avx512f", "avx512bw", "avx512_bf16"), ("-mno-amx-bf16",)),
     Isa("avx512", ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"), ("-march=x86-64-v4",)),
     Isa("avx2", ("avx2", "fma", "f16c"), ("-march=x86-64-v3",)),
     Isa("neon", ("asimd",), ()),
