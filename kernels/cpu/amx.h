@@ -106,6 +106,7 @@ private:
     // C = A · B, or C + A · B, for a panel of A.
     template <int VECS, bool ADD> static void multiply(const float* a, int64_t blocks, const vec* b, vec* c) {
         constexpr int PITCH = VECS * LANES * 4;  // bytes from row to row of B and C
+        asm volatile("" : : : "memory");         // compilers do not know that tiles are loads and stores
         if constexpr (ADD) {
             _tile_loadd(0, c, PITCH);
             _tile_loadd(2, c + SIDE * VECS, PITCH);
@@ -133,5 +134,6 @@ private:
         _tile_stored(2, c + SIDE * VECS, PITCH);
         if constexpr (VECS == 2) _tile_stored(1, c + 1, PITCH);
         if constexpr (VECS == 2) _tile_stored(3, c + SIDE * VECS + 1, PITCH);
+        asm volatile("" : : : "memory");
     }
 };

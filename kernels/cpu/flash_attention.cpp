@@ -383,7 +383,7 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
     float* s = scratch.s;
     for (int64_t row = 0; row < tile.rows; ++row) {
         const T* q = static_cast<const T*>(args.q) + tile.offset(args.q_stride, row);
-        for (int64_t i = 0; i < plan.dim; i += LANES)
+        for (int64_t i = 0; i < args.head_dim; i += LANES)
             store(scratch.q + row * plan.dim + i, load_part(q + i, args.head_dim - i));
         std::fill_n(part.o + row * plan.dim_v, plan.dim_v, 0.0f);
         part.top[row] = LOWEST, part.sum[row] = 0.0f;
