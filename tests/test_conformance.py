@@ -29,6 +29,7 @@ from attnbench_plugins.gemm_ref import GemmRef
 from attnbench_plugins.jit_flash.cpu import JitFlashCpu
 from attnbench_plugins.npu_fused_attention import NpuFusedAttention
 from attnbench_plugins.sdpa import Sdpa
+from attnbench_plugins.sdpa_upcast import SdpaUpcast
 
 
 class TestGemmRef(BackendConformance):
@@ -37,6 +38,10 @@ class TestGemmRef(BackendConformance):
 
 class TestSdpa(BackendConformance):
     backend = Sdpa("cpu")
+
+
+class TestSdpaUpcast(BackendConformance):
+    backend = SdpaUpcast()
 
 
 class TestJitFlash(BackendConformance):
