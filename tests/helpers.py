@@ -19,7 +19,10 @@ from attnbench.result import Check, Measurement, Result, Status
 ROOT = Path(__file__).resolve().parents[1]
 ASCEND_CSV = ROOT / "reports" / "ascend-910b2" / "results.csv"
 SCRIPT = Path(sys.executable).parent / "attnbench"
-BUILT_IN = ["gemm_ref", "jit_flash", "npu_fused_attention", "sdpa", "sdpa_upcast"]
+BUILT_IN = [
+    *("gemm_ref", "jit_flash", "npu_fused_attention"),
+    *("openvino", "sdpa", "sdpa_upcast"),
+]
 """attnbench's own entry points, in the order in which they are listed."""
 
 TINY = ("--seqlen-q", "16", "--seqlen-k", "32", "--head-dim", "32")

@@ -63,6 +63,9 @@ def test_a_vendors_package_is_an_extra_and_never_a_default(pyproject: dict) -> N
     assert not any(need.startswith("nvidia") for need in pyproject["project"]["dependencies"])
     assert any(need.startswith("torch-npu") for need in pyproject["project"]["optional-dependencies"]["npu"])
     assert not any(need.startswith("torch-npu") for need in pyproject["project"]["dependencies"])
+    for peer in ("openvino",):
+        assert any(need.startswith(f"{peer}>") for need in pyproject["project"]["optional-dependencies"]["peers"])
+        assert not any(need.startswith(peer) for need in pyproject["project"]["dependencies"])
 
 
 def test_what_make_installs_is_pinned(pyproject: dict) -> None:
@@ -70,7 +73,9 @@ def test_what_make_installs_is_pinned(pyproject: dict) -> None:
         line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     }
     extras = pyproject["project"]["optional-dependencies"]
-    for need in (*pyproject["project"]["dependencies"], *extras["test"], *extras["docs"]):
+    assert "attnbench[peers]" in extras["test"], "what is not installed is not tested"
+    test = [need for need in extras["test"] if need != "attnbench[peers]"]
+    for need in (*pyproject["project"]["dependencies"], *test, *extras["peers"], *extras["docs"]):
         name = need.partition(">")[0].partition(";")[0].partition("[")[0].strip().lower()
         assert name in pins or "python_version < " in need, need
 
