@@ -21,7 +21,7 @@ ASCEND_CSV = ROOT / "reports" / "ascend-910b2" / "results.csv"
 SCRIPT = Path(sys.executable).parent / "attnbench"
 BUILT_IN = [
     *("gemm_ref", "jit_flash", "npu_fused_attention"),
-    *("openvino", "sdpa", "sdpa_upcast"),
+    *("onnxruntime", "openvino", "sdpa", "sdpa_upcast"),
 ]
 """attnbench's own entry points, in the order in which they are listed."""
 

@@ -1,8 +1,9 @@
-"""The plugins openvino and sdpa_upcast: which op and which settings, what they refuse, what they read."""
+"""The plugins openvino, onnxruntime and sdpa_upcast: which op and which settings, what they refuse, what they read."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,15 +14,16 @@ from torch import Tensor
 from attnbench import Problem
 from attnbench.backend import Backend
 from attnbench.problem import Dtype
-from attnbench.reference import Reference, make_inputs
-from attnbench_plugins import openvino
+from attnbench.reference import Reference, make_inputs, torch_dtype
+from attnbench_plugins import onnxruntime, openvino
 from attnbench_plugins.folding import fold, folded_visible
+from attnbench_plugins.onnxruntime import OnnxRuntime
 from attnbench_plugins.openvino import OpenVino
 from attnbench_plugins.sdpa import Sdpa
 from attnbench_plugins.sdpa_upcast import SdpaUpcast
 
-PEERS = (OpenVino(), SdpaUpcast())
-LIBRARIES = PEERS[:1]
+PEERS = (OpenVino(), OnnxRuntime(), SdpaUpcast())
+LIBRARIES = PEERS[:2]
 
 
 @pytest.fixture
@@ -48,6 +50,8 @@ def tensors(case: Problem, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     ("backend", "absent", "reason"),
     [
         (OpenVino(), "openvino", "openvino is not installed: pip install 'attnbench[peers]'"),
+        (OnnxRuntime(), "onnxruntime", "onnxruntime is not installed: pip install 'attnbench[peers]'"),
+        (OnnxRuntime(), "onnx", "onnx is not installed: pip install 'attnbench[peers]'"),
     ],
 )
 def test_a_missing_package_is_named_with_the_extra_that_has_it(
@@ -68,11 +72,11 @@ def test_listing_them_imports_no_library() -> None:
         """
         import sys
         from attnbench import Problem
-        from attnbench_plugins import openvino, sdpa_upcast
-        for module in (openvino, sdpa_upcast):
+        from attnbench_plugins import onnxruntime, openvino, sdpa_upcast
+        for module in (onnxruntime, openvino, sdpa_upcast):
             for backend in module.attnbench_backends():
                 backend.unavailable(), backend.unsupported(Problem(seqlen_q=1, seqlen_k=1, dtype="bf16"))
-        print({"openvino"} & set(sys.modules))
+        print({"openvino", "onnxruntime", "onnx"} & set(sys.modules))
         """
     )
     assert answer.out.strip() == "set()", answer.err
@@ -84,6 +88,11 @@ def test_listing_them_imports_no_library() -> None:
         *((backend, problem(8, 8, "bf16", direction="bwd"), "forward only") for backend in PEERS),
         (OpenVino(), problem(9, 8, causal=True), "OpenVINO gives a query that sees no key NaN, not zeros"),
         (OpenVino(), problem(40, 8, window=4), "OpenVINO gives a query that sees no key NaN, not zeros"),
+        (
+            OnnxRuntime(),
+            problem(9, 8, causal=True),
+            "ONNX Runtime gives a query that sees no key other values than zeros",
+        ),
         (SdpaUpcast(), problem(8, 8), "nothing to upcast"),
         *((backend, problem(9, 8, "fp16"), None) for backend in PEERS),
         *((backend, problem(8, 9, "bf16", causal=True, heads_q=4, heads_kv=2), None) for backend in PEERS),
@@ -98,7 +107,7 @@ def test_what_is_refused_has_its_reason(backend: Backend, case: Problem, reason:
 def test_the_reason_is_true_of_a_query_that_sees_no_key(backend: Backend) -> None:
     case = problem(9, 8, causal=True)
     first = backend.prepare(case, *tensors(case))()[0, 0, 0]
-    assert first.isnan().all()
+    assert first.isnan().all() if backend.name == "openvino" else (first != 0).all()
 
 
 @pytest.mark.parametrize("backend", LIBRARIES, ids=lambda b: b.name)
@@ -226,6 +235,69 @@ def test_openvino_has_one_stream_of_torchs_threads(threads: Callable[[int], None
     assert compiled.get_property("NUM_STREAMS") == 1
     assert compiled.get_property("PERFORMANCE_HINT") == "LATENCY"
     assert OpenVino().parallel_units(case) == count
+
+
+# --- ONNX Runtime -----------------------------------------------------------------------------------------------------
+
+
+def graph(case: Problem) -> onnxruntime.Graph:
+    out = torch.empty(case.out_shape, dtype=torch_dtype(case))
+    return onnxruntime.attention(case, *tensors(case), out)
+
+
+def ops(case: Problem) -> list[str]:
+    return [node.op_type for node in graph(case).nodes]
+
+
+@pytest.mark.parametrize(
+    ("case", "in_place"),
+    [
+        (problem(128, 256), True),
+        (problem(129, 256), False),
+        (problem(64, 256, heads_q=2), True),
+        (problem(64, 256, heads_q=4, heads_kv=1), False),
+        (problem(129, 256, causal=True), True),
+        (problem(256, 256, causal=True, window=8), True),
+        (problem(64, 64, head_dim=20, causal=True), True),
+        (problem(64, 256, head_dim_v=32), False),
+    ],
+    ids=lambda x: getattr(x, "case_id", None),
+)
+def test_onnxruntime_reads_keys_in_place_but_for_flash_attention(case: Problem, in_place: bool) -> None:
+    made = graph(case)
+    assert [node.op_type for node in made.nodes] == ["MultiHeadAttention"]
+    assert [made.inputs[name].dim() for name in "qkv"] == ([3, 4, 4] if in_place else [3, 3, 3])
+
+
+def test_onnxruntime_takes_group_query_attention_for_square_causal_problems() -> None:
+    assert ops(problem(64, 64, causal=True, heads_q=2)) == ["GroupQueryAttention"]
+    grouped = ops(problem(64, 64, causal=True, heads_q=4, heads_kv=2))
+    assert grouped == ["Transpose", "Reshape", "GroupQueryAttention", "Reshape", "Transpose"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_onnxruntime_casts_what_is_not_fp32_and_nothing_else(causal: bool) -> None:
+    assert Counter(ops(problem(64, 64, "fp32", causal=causal)))["Cast"] == 0
+    assert Counter(ops(problem(64, 64, "fp16", causal=causal)))["Cast"] == 4
+    assert Counter(ops(problem(64, 64, "bf16", causal=causal, window=8)))["Cast"] == 4, "the mask is fp32 as it is"
+
+
+def test_onnxruntime_copies_no_input() -> None:
+    case = problem(64, 64, heads_q=2)
+    q, k, v = tensors(case)
+    out = torch.empty(case.out_shape)
+    made = onnxruntime.attention(case, q, k, v, out)
+    found = [tensor.data_ptr() for tensor in (*made.inputs.values(), *made.outputs.values())]
+    assert found == [tensor.data_ptr() for tensor in (q, k, v, out)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_onnxruntime_has_torchs_threads(threads: Callable[[int], None], count: int) -> None:
+    threads(count)
+    case = problem(16, 16)
+    options = onnxruntime.session(graph(case)).get_session_options()
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (count, 1)
+    assert OnnxRuntime().parallel_units(case) == count
 
 
 # --- sdpa in fp32 -----------------------------------------------------------------------------------------------------
