@@ -19,6 +19,11 @@ from attnbench.result import Check, Measurement, Result, Status
 ROOT = Path(__file__).resolve().parents[1]
 ASCEND_CSV = ROOT / "reports" / "ascend-910b2" / "results.csv"
 SCRIPT = Path(sys.executable).parent / "attnbench"
+BUILT_IN = [
+    *("gemm_ref", "jit_flash", "npu_fused_attention"),
+    *("onnxruntime", "openvino", "sdpa", "sdpa_upcast"),
+]
+"""attnbench's own entry points, in the order in which they are listed."""
 
 TINY = ("--seqlen-q", "16", "--seqlen-k", "32", "--head-dim", "32")
 QUICK = ("--protocol", "fixed", "--warmup", "1", "--iters", "4")

@@ -28,7 +28,10 @@ from attnbench.testing.conform import _run, every_test
 from attnbench_plugins.gemm_ref import GemmRef
 from attnbench_plugins.jit_flash.cpu import JitFlashCpu
 from attnbench_plugins.npu_fused_attention import NpuFusedAttention
+from attnbench_plugins.onnxruntime import OnnxRuntime
+from attnbench_plugins.openvino import OpenVino
 from attnbench_plugins.sdpa import Sdpa
+from attnbench_plugins.sdpa_upcast import SdpaUpcast
 
 
 class TestGemmRef(BackendConformance):
@@ -39,8 +42,20 @@ class TestSdpa(BackendConformance):
     backend = Sdpa("cpu")
 
 
+class TestSdpaUpcast(BackendConformance):
+    backend = SdpaUpcast()
+
+
 class TestJitFlash(BackendConformance):
     backend = JitFlashCpu()
+
+
+class TestOnnxRuntime(BackendConformance):
+    backend = OnnxRuntime()
+
+
+class TestOpenVino(BackendConformance):
+    backend = OpenVino()
 
 
 class Right(Backend):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import BareVenv
+from helpers import BUILT_IN, BareVenv
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,6 +63,9 @@ def test_a_vendors_package_is_an_extra_and_never_a_default(pyproject: dict) -> N
     assert not any(need.startswith("nvidia") for need in pyproject["project"]["dependencies"])
     assert any(need.startswith("torch-npu") for need in pyproject["project"]["optional-dependencies"]["npu"])
     assert not any(need.startswith("torch-npu") for need in pyproject["project"]["dependencies"])
+    for peer in ("onnx", "onnxruntime", "openvino"):
+        assert any(need.startswith(f"{peer}>") for need in pyproject["project"]["optional-dependencies"]["peers"])
+        assert not any(need.startswith(peer) for need in pyproject["project"]["dependencies"])
 
 
 def test_what_make_installs_is_pinned(pyproject: dict) -> None:
@@ -70,7 +73,9 @@ def test_what_make_installs_is_pinned(pyproject: dict) -> None:
         line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     }
     extras = pyproject["project"]["optional-dependencies"]
-    for need in (*pyproject["project"]["dependencies"], *extras["test"], *extras["docs"]):
+    assert "attnbench[peers]" in extras["test"], "what is not installed is not tested"
+    test = [need for need in extras["test"] if need != "attnbench[peers]"]
+    for need in (*pyproject["project"]["dependencies"], *test, *extras["peers"], *extras["docs"]):
         name = need.partition(">")[0].partition(";")[0].partition("[")[0].strip().lower()
         assert name in pins or "python_version < " in need, need
 
@@ -80,12 +85,7 @@ def test_a_wheel_built_from_the_sdist_runs_in_a_bare_venv(bare: BareVenv, tmp_pa
     assert str(ROOT) not in where
 
     listed = bare.run("attnbench", "list", cwd=tmp_path).out
-    assert {line.split()[0] for line in listed.splitlines()[2:]} >= {
-        "gemm_ref",
-        "jit_flash",
-        "npu_fused_attention",
-        "sdpa",
-    }
+    assert {line.split()[0] for line in listed.splitlines()[2:]} >= set(BUILT_IN)
 
     ours = ("--backends", "gemm_ref,sdpa,jit_flash")  # and not what other tests have installed
     table = bare.run("attnbench", "run", *ours, "--suite", "smoke", "--budget", "0.5", cwd=tmp_path).out

@@ -17,7 +17,7 @@ from typing import Any
 
 import pluggy
 import pytest
-from helpers import PluginFolder
+from helpers import BUILT_IN, PluginFolder
 
 from attnbench import hookspecs, plan, registry
 from attnbench.discovery import discover
@@ -25,7 +25,6 @@ from attnbench.errors import AttnbenchError, ExitCode
 from attnbench.problem import BUILTIN_SUITES, Problem, Suite
 from attnbench.registry import BackendInfo, Catalogue, Description, EntryPointRef, PluginInfo
 
-BUILT_IN = ["gemm_ref", "jit_flash", "npu_fused_attention", "sdpa"]
 HOOK = "@attnbench.hookimpl\ndef attnbench_backends():\n"
 
 
@@ -82,7 +81,7 @@ def test_a_plugin_for_this_version_and_a_later_one_is_no_failure(plugins: Plugin
 def test_built_in_plugins_load_in_order_with_their_backends(built_in: Catalogue) -> None:
     own = [p for p in built_in.plugins if p.source.distribution == "attnbench"]
     assert [p.source.name for p in own] == BUILT_IN
-    assert [p.error for p in own] == [None] * 4
+    assert [p.error for p in own] == [None] * len(BUILT_IN)
     assert plugin(built_in, "gemm_ref", "attnbench").backends == ("gemm_ref",)
     assert {k for k in keys(built_in) if k[0] == "gemm_ref"} == {("gemm_ref", d) for d in ("cpu", "cuda", "npu")}
     assert {("sdpa", "cpu"), ("sdpa", "cuda"), ("jit_flash", "cpu"), ("npu_fused_attention", "npu")} <= set(
@@ -405,7 +404,7 @@ def test_without_removes_entry_points_by_name(plugins: PluginFolder) -> None:
     mark = plugins.path / "imported"
     plugins.add(f"open({str(mark)!r}, 'w')", entry="noisy")
     catalogue = discover(without={"noisy", "sdpa"})
-    assert [p.source.name for p in catalogue.plugins] == ["gemm_ref", "jit_flash", "npu_fused_attention"]
+    assert [p.source.name for p in catalogue.plugins] == [name for name in BUILT_IN if name != "sdpa"]
     assert not mark.exists()
     assert catalogue.find("sdpa", "cpu") is None
 
