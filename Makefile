@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
-.PHONY: setup run test check docs format clean
+.PHONY: setup run test check sanitize docs format clean
 
 setup: $(READY)
 
@@ -18,6 +18,12 @@ run: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The CPU kernel's tests once more, with every access to memory and all arithmetic checked.
+SANITIZERS := $(shell c++ -print-file-name=libasan.so) $(shell c++ -print-file-name=libubsan.so)
+sanitize: $(READY)
+	ATTNBENCH_CXX=$(CURDIR)/tools/sanitized-c++ LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest -q tests/test_jit_flash_cpu.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -431,6 +431,20 @@ def test_unsupported():
         backend.prepare(big, *inputs(big))
 
 
+CLANG = next(filter(None, map(shutil.which, ("clang++-19", "clang++"))), None)
+needs_clang = pytest.mark.skipif(CLANG is None and "CI" not in os.environ, reason="no clang++")
+
+
+@needs_clang
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clang_is_as_good(dtype, monkeypatch, threads):
+    monkeypatch.setenv("ATTNBENCH_CXX", CLANG or "clang++")
+    threads(2)
+    for seqlen_q, heads in ((1, (4, 1)), (13, (1, 1)), (300, (2, 1))):
+        sizes = {"heads_q": heads[0], "heads_kv": heads[1], "head_dim": 72, "head_dim_v": 40}
+        check(problem(seqlen_q, 1111, causal=True, window=900, dtype=dtype, **sizes))
+
+
 def test_unavailable_without_a_compiler(monkeypatch, tmp_path):
     assert JitFlashCpu().unavailable() is None
     for name in ("CXX", "ATTNBENCH_CXX"):

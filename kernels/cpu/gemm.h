@@ -50,6 +50,16 @@ inline void micro_kernel(int64_t rows, const float* a, int64_t steps, const vec*
     micro_kernel<T, ROWS, VECS>(a, steps, b, c, alpha);
 }
 
+// C = A · B for a panel of A, or with alpha C · alpha + A · B.
+template <class T, int VECS>
+inline void multiply(int64_t rows, const float* a, int64_t steps, const vec* b, vec* c, const vec* alpha) {
+    vec ones[VECS];
+    std::fill_n(ones, VECS, broadcast(1.0f));
+    for (int64_t step = 0; step < steps; step += SUMMED_STEPS)
+        micro_kernel<T, VECS>(rows, a + step * rows, std::min<int64_t>(SUMMED_STEPS, steps - step), b + step * VECS, c,
+                              step ? ones : alpha);
+}
+
 template <class T> struct VectorProducts {
     // Of a block. On Zen 3, where L2 has 512 KiB, 96 to 192 are within 2 % of each other at d = 128.
     static constexpr int64_t KEYS = 144;
@@ -100,7 +110,7 @@ template <class T> struct VectorProducts {
         for (int64_t key = 0, rows; key < to; key += rows) {
             rows = panel_rows(keys - key);
             ahead.fetch();
-            if (key + rows > from) micro_kernel<T, VECS>(rows, k, steps<T>(dim), q, s + key * VECS, nullptr);
+            if (key + rows > from) multiply<T, VECS>(rows, k, steps<T>(dim), q, s + key * VECS, nullptr);
             k += rows * steps<T>(dim) + LANES;
         }
     }
@@ -113,7 +123,7 @@ template <class T> struct VectorProducts {
         for (int64_t at = 0, rows; at < dim_v; at += rows) {
             rows = panel_rows(dim_v - at);
             ahead.fetch();
-            micro_kernel<T, VECS>(rows, v + first * rows, count, p + first * VECS, o + at * VECS, alpha);
+            multiply<T, VECS>(rows, v + first * rows, count, p + first * VECS, o + at * VECS, alpha);
             v += rows * steps<T>(keys) + LANES;
         }
     }

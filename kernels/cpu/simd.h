@@ -41,6 +41,13 @@ constexpr char ISA[] = "neon";
 constexpr int LANES = 4, MICRO_ROWS = 6, MICRO_VECS = 2;  // 12 of 16
 constexpr char ISA[] = "portable";
 #endif
+// Products that are summed before the sum is added to others. Without FMA each product is rounded, and shorter sums make
+// up for it: at 32 the error over 144 keys is 0.8 times that of unfused attention in fp32, without an end 1.13 times.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr int SUMMED_STEPS = 1 << 20;
+#else
+constexpr int SUMMED_STEPS = 32;
+#endif
 
 // may_alias: scratch is filled lane by lane and read vector by vector.
 typedef float vec __attribute__((vector_size(LANES * 4), may_alias));
@@ -216,18 +223,14 @@ inline void transpose(vec (&x)[LANES]) {
     transpose_runs<4>(x);
 }
 
+template <int BY> struct Rotate {
+    static constexpr int from(int i) { return (i + BY) % LANES; }
+};
+template <class F, int BY = LANES / 2> inline float over_lanes(vec x, const F& f) {
+    if constexpr (BY > 0) return over_lanes<F, BY / 2>(f(x, shuffle<Rotate<BY>>(x, x)), f);
+    else return x[0];
+}
 inline float sum_of_lanes(vec x) {
-    float lanes[LANES], sum = 0.0f;
-    std::memcpy(lanes, &x, sizeof x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    sum = lanes[0];
-    return sum;
+    return over_lanes(x, [](vec a, vec b) { return a + b; });
 }
-inline float maximum_of_lanes(vec x) {
-    float lanes[LANES];
-    std::memcpy(lanes, &x, sizeof x);
-    float highest = lanes[0];
-    for (int i = 1; i < LANES; ++i) highest = lanes[i] > highest ? lanes[i] : highest;
-    return highest;
-}
+inline float maximum_of_lanes(vec x) { return over_lanes(x, maximum); }
