@@ -1,0 +1,175 @@
+"""benchmarks/: the scripts start, sum up what they are given, and tell a missed limit. No test here times anything."""
+
+from __future__ import annotations
+
+import csv
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnbench import jit
+from attnbench.problem import Problem
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = sorted({*FOLDER.glob("cpu_*.py")} - {FOLDER / "cpu_bounds.py"})
+
+
+@pytest.fixture
+def bounds(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import cpu_bounds
+
+    return cpu_bounds
+
+
+def _peers(*arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, FOLDER / "cpu_peers.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _write(folder: Path, *times_us: tuple[str, int, str, float | None]) -> Path:
+    """A results.csv of (dtype, sq, kernel, µs; None: it did not pass)."""
+    folder.mkdir()
+    with (folder / "results.csv").open("w", newline="") as lines:
+        writer = csv.writer(lines)
+        writer.writerow(["sq", "kernel", "time_us", "dtype", "device", "status", "case_id"])
+        for dtype, sq, kernel, time_us in times_us:
+            status, time = ("INCORRECT", "") if time_us is None else ("PASSED", time_us)
+            writer.writerow([sq, kernel, time, dtype, "cpu", status, f"q{sq}-{dtype}"])
+    return folder
+
+
+def _cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_comes_without_torch(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = f"""
+import runpy, sys
+sys.argv = [{str(script)!r}, "--help"]
+sys.path.insert(0, {str(FOLDER)!r})
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert "torch" not in sys.modules and "pandas" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Printed: " in done.stdout
+
+
+def test_peers_keeps_its_limits(tmp_path: Path) -> None:
+    one = _write(
+        tmp_path / "one",
+        *(("fp32", 1, "jit_flash", 10.0), ("fp32", 1, "sdpa", 20.0), ("fp32", 1, "gemm_ref", 15.0)),
+        *(("fp32", 2, "jit_flash", 10.0), ("fp32", 2, "sdpa", None), ("fp32", 2, "gemm_ref", 60.0)),
+        *(("fp32", 3, "jit_flash", 10.0), ("fp32", 3, "sdpa", None)),  # no peer to compare with
+    )
+    # The same shapes, on another day: what is faster there is no peer of the run before.
+    two = _write(tmp_path / "two", ("fp32", 1, "jit_flash", 5.0), ("fp32", 1, "sdpa", 5.0))
+    done = _peers(one, two / "results.csv")
+    assert done.returncode == 0, done.stderr
+    _, _, mean, minimum = _cells(done.stdout)
+    assert mean == ["fp32", "sdpa, gemm_ref", "3", "gemm_ref 2, sdpa 1", "geometric mean", "2.08×", "≥ 1.15×", "ok"]
+    assert minimum[-3:] == ["1.00×", "≥ 1.00×", "ok"]
+
+
+def test_peers_tells_which_limit_is_missed(tmp_path: Path) -> None:
+    run = _write(
+        tmp_path / "run",
+        *(("bf16", 1, "jit_flash", 10.0), ("bf16", 1, "sdpa", 40.0)),
+        *(("bf16", 2, "jit_flash", 10.0), ("bf16", 2, "sdpa", 11.0)),
+        *(("fp16", 1, "jit_flash", 10.0), ("fp16", 1, "sdpa", 30.0), ("fp16", 1, "sdpa_upcast", 10.4)),
+    )
+    done = _peers(run)
+    assert done.returncode == 1
+    claims, shapes = done.stdout.split("\n\n")
+    assert [row[4:] for row in _cells(claims)[2:]] == [
+        ["geometric mean", "2.10×", "≥ 1.60×", "ok"],
+        ["minimum", "1.10×", "≥ 1.20×", "MISSED"],
+        ["geometric mean", "3.00×", "≥ 2.30×", "ok"],
+        ["minimum", "3.00×", "≥ 1.00×", "ok"],
+        ["geometric mean", "1.04×", "≥ 1.05×", "MISSED"],
+        ["minimum", "1.04×", "≥ 1.00×", "ok"],
+    ]
+    assert _cells(shapes)[2:] == [["q2-bf16", "sdpa", "1.10×", "≥ 1.20×", "MISSED"]]
+    assert _peers(run, "--dtype", "bf16").stdout.count("MISSED") == 2
+
+
+def test_peers_counts_what_jit_flash_did_not_pass_as_missed(tmp_path: Path) -> None:
+    run = _write(
+        tmp_path / "run",
+        *(("fp32", 1, "jit_flash", 10.0), ("fp32", 1, "sdpa", 40.0)),
+        *(("fp32", 2, "jit_flash", None), ("fp32", 2, "sdpa", 11.0)),
+    )
+    done = _peers(run)
+    assert done.returncode == 1
+    assert _cells(done.stdout)[-1] == ["q2-fp32", "sdpa", "not passed", "≥ 1.00×", "MISSED"]
+
+
+def test_peers_refuses_to_sum_up_nothing(tmp_path: Path) -> None:
+    alone = _peers(_write(tmp_path / "alone", ("fp32", 1, "jit_flash", 10.0)))
+    assert alone.returncode == 1
+    assert alone.stderr.startswith("nothing to compare")
+    assert _peers(tmp_path / "missing").returncode == 2
+    (tmp_path / "other.csv").write_text("sq,sk\n1,2\n")
+    assert "not the results.csv of a run" in _peers(tmp_path / "other.csv").stderr
+
+
+def test_a_round_goes_there_and_back(bounds) -> None:
+    taken = []
+
+    def sample(name: str) -> float:
+        taken.append(name)
+        return len(taken)
+
+    rates = bounds.in_turn(2, lambda: sample("a"), lambda: sample("b"), lambda: sample("c"))
+    assert taken == list("abccba") * 2
+    assert rates == [[3.5, 9.5], [3.5, 9.5], [3.5, 9.5]]  # a steady drift falls on all alike
+
+
+def test_a_spread_is_median_and_quartiles(bounds) -> None:
+    spread = bounds.Spread.of_ratios([1.0, 4.0, 9.0, 16.0, 50.0], [1.0, 2.0, 3.0, 4.0, 10.0])
+    assert spread.text("{:.1f}") == "3.0 (2.0 to 4.0)"
+
+
+def test_a_table_counts_the_limits_missed(bounds) -> None:
+    table = bounds.Table("What", form="{:.1f}")
+    table.add("read only", value=9.0)
+    table.add("enough", value=2.0, at_least=2.0)
+    table.add("too little", value=1.9, at_least=2.0)
+    table.add("too much", value=2.1, at_most=2.0)
+    assert table.missed == 2
+    assert _cells(str(table))[2:] == [
+        ["read only", "", ""],
+        ["enough", "≥ 2.0", "ok"],
+        ["too little", "≥ 2.0", "MISSED"],
+        ["too much", "≤ 2.0", "MISSED"],
+    ]
+
+
+@pytest.mark.skipif(jit.missing(jit.cpp_toolchain) is not None, reason="no C++ compiler")
+def test_the_bounds_compile_with_the_kernels_headers(bounds) -> None:
+    assert bounds.fp32_gflops(2, us=100) > 0
+    assert bounds.micro_gflops(2, bf16=False, us=100) > 0
+    assert bounds.micro_gflops(1, bf16=True, us=100) > 0
+    assert bounds.read_gbps(torch.ones(1 << 20), threads=2, passes=2) > 0
+    assert (bounds.bf16_gflops(1, us=100) > 0) == (bounds.isa() in ("avx512_bf16", "amx_bf16"))
+
+
+def test_decoding_takes_more_than_four_caches(bounds) -> None:
+    decode = runpy.run_path(str(FOLDER / "cpu_decode.py"))
+    *large, small = decode["problems"]("bf16", 32 << 20)
+    assert all(128 << 20 < decode["kv_bytes"](problem) <= decode["MOST_BYTES"] for problem in large)
+    assert decode["kv_bytes"](small) == 16 << 20
+    problem = Problem(batch=2, seqlen_q=1, seqlen_k=3, heads_q=4, heads_kv=2, head_dim=8, dtype="fp32")
+    q, k, v = decode["tensors"](problem, torch.zeros(decode["kv_bytes"](problem), dtype=torch.uint8))
+    assert (q.shape, k.shape, v.shape) == (problem.q_shape, problem.k_shape, problem.v_shape)
+    assert k.data_ptr() + k.nbytes == v.data_ptr()
+    assert torch.equal(k[0, 0], v[1, 1])
+    assert k.abs().min() > 0
