@@ -12,6 +12,8 @@
 
 #include "pack.h"
 
+namespace {
+
 // Whether the system lets this process use tiles; it asks once.
 inline bool amx_granted() {
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl, in Linux's asm/prctl.h
@@ -137,3 +139,5 @@ private:
         asm volatile("" : : : "memory");
     }
 };
+
+}  // namespace

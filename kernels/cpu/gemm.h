@@ -7,6 +7,8 @@
 
 #include "pack.h"
 
+namespace {
+
 // Rows of the next panel where `left` rows are left. The last two share what is more than one and less than two, for a
 // panel of one or two rows leaves the multipliers waiting for their own results.
 inline int64_t panel_rows(int64_t left) {
@@ -132,3 +134,5 @@ private:
     // A panel of n rows takes n · steps elements, and LANES more that may be overwritten while it is packed.
     static int64_t packed(int64_t rows, int64_t steps) { return rows * steps + panels(rows) * LANES; }
 };
+
+}  // namespace

@@ -9,6 +9,8 @@
 
 #include "simd.h"
 
+namespace {
+
 #if defined(__AVX512BF16__)
 template <class T> constexpr bool IN_PAIRS = std::is_same_v<T, bfloat>;
 #else
@@ -83,3 +85,5 @@ private:
     const char* row_;
     int64_t stride_, bytes_, rows_left_, at_once_, at_ = 0;
 };
+
+}  // namespace

@@ -15,6 +15,8 @@
 #include <system_error>
 #include <thread>
 
+namespace {
+
 class Pool {
 public:
     static constexpr int MAX_HELPERS = 1023;
@@ -104,3 +106,5 @@ private:
         }
     }
 };
+
+}  // namespace

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+namespace {
+
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #define UNROLL_STEPS _Pragma("unroll 8")
@@ -234,3 +236,5 @@ inline float sum_of_lanes(vec x) {
     return over_lanes(x, [](vec a, vec b) { return a + b; });
 }
 inline float maximum_of_lanes(vec x) { return over_lanes(x, maximum); }
+
+}  // namespace
