@@ -63,8 +63,9 @@ inline void multiply(int64_t rows, const float* a, int64_t steps, const vec* b, 
 }
 
 template <class T> struct VectorProducts {
-    // Of a block. On Zen 3, where L2 has 512 KiB, 96 to 192 are within 2 % of each other at d = 128.
-    static constexpr int64_t KEYS = 144;
+    // Of a block. On Zen 3, where L2 has 512 KiB, 96 to 192 are within 2 % of each other at d = 128; SUMMED_STEPS divides
+    // it.
+    static constexpr int64_t KEYS = 128;
     static constexpr int64_t GRAIN = PER_STEP<T>;  // keys that are multiplied or left out together
     static constexpr bool RESCALES_FREE = true;    // C · alpha costs no pass of its own
 
