@@ -148,11 +148,14 @@ class TileDot {
   private:
     struct Tiles {
         Tiles() {
-            alignas(64) struct {
-                std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-                std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-                std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-            } const config;
+            struct Config {
+                std::uint8_t palette, start_row, reserved[14];
+                std::uint16_t row_bytes[16];
+                std::uint8_t rows[16];
+            };
+            // Static: some compilers do not know that all of it is read, and would not fill a local one.
+            alignas(64) static constexpr Config config = {
+                1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
             _tile_loadconfig(&config);  // sets all tiles to zeros
         }
         ~Tiles() { _tile_release(); }

@@ -25,11 +25,14 @@ inline bool amx_granted() {
 class AmxTiles {
 public:
     AmxTiles() {
-        alignas(64) struct {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } const config;
+        struct Config {
+            uint8_t palette, start_row, reserved[14];
+            uint16_t row_bytes[16];
+            uint8_t rows[16];
+        };
+        // Static: some compilers do not know that all of it is read, and would not fill a local one.
+        alignas(64) static constexpr Config config = {
+            1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
         _tile_loadconfig(&config);
     }
     ~AmxTiles() { _tile_release(); }

@@ -14,13 +14,16 @@
 //     out = transpose(O / sum)
 //
 // Queries lie in vector lanes, so the softmax needs no horizontal operation, a mask is a compare, and S is written as
-// the next product reads it. multiply() sums a block from zero before it adds the sum to O · alpha: the rescale costs no
-// pass of its own, and the error of a sum over n keys grows with n / KEYS + KEYS, not with n. Q is not scaled
-// beforehand: at logits up to ±100, rounding its elements again made the worst error 1.4 times larger.
+// the next product reads it. Products in vector registers sum some steps from zero and then add the sum to O · alpha: the
+// rescale costs no pass of its own, and errors do not grow with the number of keys as those of one long sum do. Q is not
+// scaled beforehand: at logits up to ±100, rounding its elements again made the worst error 1.4 times larger.
+//
+// What a query does not see still meets a weight of zero where another query of its panel sees it: values must be finite
+// there. O is divided by the sum at the end, so the sum of all values must be finite too (with AMX, of 2⁸ times it).
 //
 // Where there are fewer tiles than would keep all threads busy, a tile's keys are split among several units, and the
 // last of them to end combines their O, sum and top. Queries of heads that share their keys are put into one tile where
-// they are few. Up to FEW_ROWS queries (decoding) do without packing: attend_few() reads K and V where they lie, once.
+// they are few. Up to FEW_ROWS queries (decoding) do without packing: attend_few() reads K and V where they lie.
 //
 // bf16 is computed in fp32, and by AVX512-BF16 in pairs, where P is rounded to bf16; fp16 always in fp32.
 //
@@ -54,7 +57,7 @@ struct flash_args {
 };
 
 enum flash_status : int {
-    FLASH_DONE, FLASH_BAD_SHAPE, FLASH_BAD_DTYPE, FLASH_BAD_THREADS, FLASH_NULL_POINTER, FLASH_NO_TILES
+    FLASH_DONE, FLASH_BAD_SHAPE, FLASH_BAD_DTYPE, FLASH_BAD_THREADS, FLASH_BAD_SCALE, FLASH_NULL_POINTER, FLASH_NO_TILES
 };
 
 namespace {
@@ -62,9 +65,12 @@ namespace {
 // Queries of a tile: each packs all of its keys, which costs about 1/50 of the products at 128 and d = 128.
 constexpr int64_t TILE = 256;
 constexpr int64_t FEW_ROWS = 8;
+constexpr bool ONE_VECTOR = LANES > FEW_ROWS;  // whether panels of one vector are worth their code
 // Keys of their blocks. The next block is fetched ahead; on Zen 3, reading from memory, 32 keys of d = 128 gave 0.86 to
 // 0.95 of a plain read's speed, 64 0.76 to 0.93, 128 0.65 to 0.84.
 constexpr int64_t FEW_KEYS = 32;
+// Keys whose values are added up before they are added to others, where rows are few: their sums are short otherwise.
+constexpr int64_t FEW_ROWS_KEYS = 16384;
 constexpr int64_t MAX_DIM = 256;
 // A unit is worth drawing from this many keys on, and a thread worth waking from this many multiply-adds on (10 µs).
 constexpr int64_t SPLIT_KEYS = 256;
@@ -112,7 +118,7 @@ struct Room {
 // How the problem is cut, and where in the workspace everything lies: counters, parts of split tiles, scratch.
 struct Plan {
     int64_t heads_per_tile, tiles_per_group, tiles, splits, threads;
-    int64_t dim, dim_v;  // padded to whole vectors or tiles
+    int64_t rows, dim, dim_v;  // of a tile at most; padded to whole vectors or tiles
     int64_t counters, part, parts, scratch;  // in floats
     Room room;
 
@@ -121,22 +127,28 @@ struct Plan {
         heads_per_tile = std::max<int64_t>(1, std::min(group, TILE / args.seqlen_q));
         tiles_per_group = ceil_div(group, heads_per_tile) * ceil_div(args.seqlen_q, TILE);
         tiles = args.batch * args.heads_kv * tiles_per_group;
+        const int64_t tile_rows = heads_per_tile * std::min(args.seqlen_q, TILE);
+        // What a tile sees; a window hides the rest from all of it.
+        const int64_t window = args.window ? (args.causal ? 1 : 2) * args.window + std::min(args.seqlen_q, TILE) : 0;
+        const int64_t keys = args.window ? std::min(args.seqlen_k, window) : args.seqlen_k;
         // Few rows cost as much as some more would: their keys are read all the same.
-        const double rows = double(args.batch * args.heads_kv) * double(std::max<int64_t>(group * args.seqlen_q, 16));
-        const double work = rows * double(args.seqlen_k) * double(args.head_dim + args.head_dim_v);
+        const double work = double(tiles) * double(std::max<int64_t>(tile_rows, 16)) * double(keys) *
+                            double(args.head_dim + args.head_dim_v);
         const double worth = std::max(1.0, std::min(work / double(THREAD_WORK), double(1 + Pool::MAX_HELPERS)));
         threads = std::min<int64_t>(args.threads, static_cast<int64_t>(worth));
-        // Four units a thread even out what threads differ in speed.
+        // Four units a thread even out what threads differ in speed; many parts take long to combine.
         const int64_t wanted = threads == 1 || tiles >= 4 * threads ? 1 : ceil_div(4 * threads, tiles);
-        splits = std::max<int64_t>(1, std::min(wanted, args.seqlen_k / SPLIT_KEYS));
+        splits = std::max<int64_t>(1, std::min({wanted, keys / SPLIT_KEYS, std::max<int64_t>(8, threads)}));
+        if (tile_rows <= FEW_ROWS) splits = std::max(splits, ceil_div(keys, FEW_ROWS_KEYS));
         threads = std::min(threads, tiles * splits);
 
+        rows = round_up(tile_rows, MICRO_VECS * LANES);
         dim = round_up(args.head_dim, DIM_GRAIN);
         dim_v = round_up(args.head_dim_v, DIM_GRAIN);
         counters = splits == 1 ? 0 : whole_lines(tiles);
-        part = TILE * (dim_v + 2);
+        part = whole_lines(rows * (dim_v + 2));
         parts = splits == 1 ? 0 : tiles * splits;
-        scratch = whole_lines(dim * TILE) + whole_lines(room.s) + whole_lines(room.k) + whole_lines(room.v) +
+        scratch = whole_lines(dim * rows) + whole_lines(room.s) + whole_lines(room.k) + whole_lines(room.v) +
                   (splits == 1 ? part : 0);
     }
     int64_t floats() const { return counters + parts * part + threads * scratch; }
@@ -146,7 +158,7 @@ struct Plan {
 // O is [panel][e][lane], or [row][e] where the rows are few.
 struct Part {
     float *o, *top, *sum;
-    Part(const Plan& plan, float* memory) : o(memory), top(o + TILE * plan.dim_v), sum(top + TILE) {}
+    Part(const Plan& plan, float* memory) : o(memory), top(o + plan.rows * plan.dim_v), sum(top + plan.rows) {}
 };
 
 // One thread's own memory.
@@ -155,7 +167,7 @@ struct Scratch {
     float* part;  // where no tile is split
     Scratch(const Plan& plan, float* next) {
         const auto take = [&next](int64_t floats) { return (next += whole_lines(floats)) - whole_lines(floats); };
-        q = take(plan.dim * TILE);
+        q = take(plan.dim * plan.rows);
         s = take(plan.room.s);
         k = take(plan.room.k);
         v = take(plan.room.v);
@@ -223,8 +235,8 @@ void apply_mask(const flash_args& args, const Tile& tile, int64_t first, int64_t
 }
 
 // S becomes exp2((S - top) · scale) with the new top, and sum follows; alpha is what the sums so far are to be
-// multiplied by. Where that is not free, top stays as long as no score exceeds it by more than 2⁸ would show.
-// S · scale - top, one operation less with FMA, would leave top's rounding error in the exponent without.
+// multiplied by. Where that multiplication is not free, top stays until a weight would be above 2⁸.
+// S · scale - top · scale would be one operation less with FMA; without FMA it is less accurate.
 template <class T, int VECS>
 void softmax(int64_t from, int64_t to, float scale, vec* s, vec* top, vec* sum, vec* alpha) {
     vec highest[VECS], total[VECS] = {};
@@ -295,7 +307,8 @@ void attend(const flash_args& args, const Plan& plan, const Tile& tile, int64_t 
         std::fill_n(part.sum + first, WIDTH, 0.0f);
     }
 
-    const int64_t blocks = ceil_div(high - low, KEYS), keys_per_block = blocks ? ceil_div(high - low, blocks) : 0;
+    const int64_t blocks = std::max<int64_t>(1, ceil_div(high - low, KEYS));
+    const int64_t keys_per_block = round_up(ceil_div(high - low, blocks), GRAIN);
     for (int64_t key = low; key < high; key += keys_per_block) {
         const int64_t keys = std::min(keys_per_block, high - key), next = key + keys;
         const int64_t after = std::min(keys_per_block, high - next);
@@ -321,7 +334,8 @@ void attend(const flash_args& args, const Plan& plan, const Tile& tile, int64_t 
 
 // ---- a tile of few rows ---------------------------------------------------------------------------------------------
 
-// s[key] = q · k and o += Σ p[key] · v for ROWS rows, in place: lanes lie along the head dimension. K and V are read once.
+// s[key] = q · k and o += Σ p[key] · v for ROWS rows, in place: lanes lie along the head dimension. K and V are read
+// from memory once.
 // KEYS_AT_ONCE × ROWS = 8 sums are kept in registers.
 template <class T, int ROWS>
 void dot_keys(const T* k, int64_t stride, int64_t keys, int64_t dim, const float* q, int64_t q_pitch, float* s,
@@ -345,28 +359,31 @@ void dot_keys(const T* k, int64_t stride, int64_t keys, int64_t dim, const float
     }
 }
 
-template <class T, int ROWS>
-void add_values(const T* v, int64_t stride, int64_t keys, int64_t dim, const float* p, float* o, int64_t o_pitch,
-                Ahead& ahead) {
-    constexpr int AT_ONCE = 4;
-    for (int64_t key = 0; key < keys; key += AT_ONCE) {
-        const T* row[AT_ONCE];
-        float weight[ROWS][AT_ONCE];
-        for (int j = 0; j < AT_ONCE; ++j) {
-            row[j] = v + std::min(key + j, keys - 1) * stride;
-            for (int r = 0; r < ROWS; ++r) weight[r][j] = key + j < keys ? p[r * FEW_KEYS + key + j] : 0.0f;
-        }
-        for (int64_t i = 0; i < dim; i += LANES) {
+// COLUMNS × ROWS = 8 sums are kept in registers over all keys of the block, then added to O · alpha.
+template <class T, int ROWS, int COLUMNS = 8 / ROWS>
+void add_values(const T* v, int64_t stride, int64_t keys, int64_t dim, const float* p, const float* alpha, float* o,
+                int64_t o_pitch, Ahead& ahead) {
+    for (int64_t i = 0; i < dim; i += COLUMNS * LANES) {
+        if constexpr (COLUMNS > 1)
+            if (dim - i < COLUMNS * LANES)
+                return add_values<T, ROWS, COLUMNS / 2>(v + i, stride, keys, dim - i, p, alpha, o + i, o_pitch, ahead);
+        vec sum[ROWS][COLUMNS] = {};
+        const T* row = v + i;
+        for (int64_t key = 0; key < keys; ++key, row += stride) {
             ahead.fetch();
-            vec x[AT_ONCE];
             UNROLL
-            for (int j = 0; j < AT_ONCE; ++j) x[j] = load_part(row[j] + i, dim - i);
-            UNROLL
-            for (int r = 0; r < ROWS; ++r) {
-                vec sum = load(o + r * o_pitch + i);
+            for (int column = 0; column < COLUMNS; ++column) {
+                const vec x = load_part(row + column * LANES, dim - i - column * LANES);
                 UNROLL
-                for (int j = 0; j < AT_ONCE; ++j) sum += weight[r][j] * x[j];
-                store(o + r * o_pitch + i, sum);
+                for (int r = 0; r < ROWS; ++r) sum[r][column] += p[r * FEW_KEYS + key] * x;
+            }
+        }
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) {
+            UNROLL
+            for (int column = 0; column < COLUMNS; ++column) {
+                float* to = o + r * o_pitch + i + column * LANES;
+                store(to, load(to) * alpha[r] + sum[r][column]);
             }
         }
     }
@@ -386,7 +403,7 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
     const float scale = static_cast<float>(args.softmax_scale * LOG2_E);
     const T* k = static_cast<const T*>(args.k) + tile.offset_kv(args, args.k_stride);
     const T* v = static_cast<const T*>(args.v) + tile.offset_kv(args, args.v_stride);
-    float* s = scratch.s;
+    float *s = scratch.s, alpha[FEW_ROWS];
     for (int64_t row = 0; row < tile.rows; ++row) {
         const T* q = static_cast<const T*>(args.q) + tile.offset(args.q_stride, row);
         for (int64_t i = 0; i < args.head_dim; i += LANES)
@@ -401,7 +418,7 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
         Ahead k_ahead(k_block + keys * args.k_stride[2], args.k_stride[2], after, args.head_dim,
                       ceil_div(keys, 8) * ceil_div(args.head_dim, LANES));
         Ahead v_ahead(v_block + keys * args.v_stride[2], args.v_stride[2], after, args.head_dim_v,
-                      ceil_div(keys, 4) * ceil_div(args.head_dim_v, LANES));
+                      keys * ceil_div(args.head_dim_v, 8 * LANES));
         for_rows(tile.rows, [&](int64_t row, auto count) {
             dot_keys<T, count>(k_block, args.k_stride[2], keys, args.head_dim, scratch.q + row * plan.dim, plan.dim,
                                s + row * FEW_KEYS, k_ahead);
@@ -413,22 +430,18 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
             std::fill(scores + std::clamp<int64_t>(seen.high - key, 0, keys), scores + FEW_KEYS, -INF);
             vec highest = broadcast(part.top[row]), total = {};
             for (int64_t i = 0; i < FEW_KEYS; i += LANES) highest = maximum(highest, load(scores + i));
-            const float top = maximum_of_lanes(highest), alpha = exp2(broadcast((part.top[row] - top) * scale))[0];
+            const float top = maximum_of_lanes(highest);
+            alpha[row] = exp2(broadcast((part.top[row] - top) * scale))[0];
             for (int64_t i = 0; i < FEW_KEYS; i += LANES) {
                 const vec p = exp2((load(scores + i) - top) * scale);
                 store(scores + i, p);
                 total += p;
             }
             part.top[row] = top;
-            part.sum[row] = part.sum[row] * alpha + sum_of_lanes(total);
-            if (alpha != 1.0f)
-                for (int64_t i = 0; i < plan.dim_v; i += LANES) {
-                    float* o = part.o + row * plan.dim_v + i;
-                    store(o, load(o) * alpha);
-                }
+            part.sum[row] = part.sum[row] * alpha[row] + sum_of_lanes(total);
         }
         for_rows(tile.rows, [&](int64_t row, auto count) {
-            add_values<T, count>(v_block, args.v_stride[2], keys, args.head_dim_v, s + row * FEW_KEYS,
+            add_values<T, count>(v_block, args.v_stride[2], keys, args.head_dim_v, s + row * FEW_KEYS, alpha + row,
                                  part.o + row * plan.dim_v, plan.dim_v, v_ahead);
         });
     }
@@ -438,7 +451,7 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
 
 // Width of the panels in which a tile's O lies; 1 where its rows lie one after the other.
 int64_t panel_width(const Tile& tile) {
-    return tile.rows <= FEW_ROWS ? 1 : tile.rows <= LANES ? LANES : MICRO_VECS * LANES;
+    return tile.rows <= FEW_ROWS ? 1 : ONE_VECTOR && tile.rows <= LANES ? LANES : MICRO_VECS * LANES;
 }
 
 // Part 0 of a tile becomes the sum over all of its parts, at the highest top of each row.
@@ -479,12 +492,13 @@ template <class T> void write(const flash_args& args, const Plan& plan, const Ti
         T* out[LANES];
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t row = first + i;
-            const float sum = part.sum[row];
-            inverse[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
+            const Range seen(args, tile.row(row));
+            const bool blind = seen.low >= seen.high;
+            inverse[i] = blind ? 0.0f : 1.0f / part.sum[row];
             out[i] = static_cast<T*>(args.out) + tile.offset(args.out_stride, row);
             if (args.lse)
                 args.lse[(tile.batch * args.heads_q + tile.head) * args.seqlen_q + tile.first_row + row] =
-                    sum == 0.0f ? -INF : static_cast<float>(part.top[row] * args.softmax_scale + std::log(double(sum)));
+                    blind ? -INF : static_cast<float>(part.top[row] * args.softmax_scale + std::log(double(part.sum[row])));
         }
         for (int64_t at = 0; at < dim_v; at += LANES) {
             vec x[LANES];
@@ -515,14 +529,19 @@ template <class T> void work(const flash_args& args, const Plan& plan, std::atom
         const int64_t index = unit / plan.splits, split = unit % plan.splits;
         const Tile tile = tile_at(args, plan, index);
         const int64_t keys = std::max<int64_t>(0, tile.last.high - tile.first.low);
-        const int64_t chunk = ceil_div(keys, plan.splits);
+        const int64_t chunk = round_up(ceil_div(keys, plan.splits), Products<T>::GRAIN);
         const int64_t low = tile.first.low + std::min(keys, split * chunk);
         const int64_t high = tile.first.low + std::min(keys, (split + 1) * chunk);
         float* tile_parts = parts + index * plan.splits * plan.part;
         const Part part(plan, plan.splits == 1 ? scratch.part : tile_parts + split * plan.part);
-        if (tile.rows <= FEW_ROWS) attend_few<T>(args, plan, tile, low, high, scratch, part);
-        else if (tile.rows <= LANES) attend<T, 1>(args, plan, tile, low, high, scratch, part);
-        else attend<T, MICRO_VECS>(args, plan, tile, low, high, scratch, part);
+        if (tile.rows <= FEW_ROWS) {
+            attend_few<T>(args, plan, tile, low, high, scratch, part);
+        } else if constexpr (ONE_VECTOR) {
+            if (tile.rows <= LANES) attend<T, 1>(args, plan, tile, low, high, scratch, part);
+            else attend<T, MICRO_VECS>(args, plan, tile, low, high, scratch, part);
+        } else {
+            attend<T, MICRO_VECS>(args, plan, tile, low, high, scratch, part);
+        }
         if (plan.splits == 1) {
             write<T>(args, plan, tile, part);
         } else if (left[index].fetch_sub(1, std::memory_order_acq_rel) == 1) {
@@ -536,6 +555,10 @@ int check(const flash_args& args) {
     const int64_t sizes[] = {args.batch,    args.heads_q,  args.heads_kv,  args.seqlen_q,
                              args.seqlen_k, args.head_dim, args.head_dim_v};
     if (*std::min_element(std::begin(sizes), std::end(sizes)) < 1 || args.window < 0) return FLASH_BAD_SHAPE;
+    double product = 1.0;  // nothing that is computed from them may overflow
+    for (const int64_t size : sizes) product *= double(size);
+    if (product > 0x1p62 || args.window > INT64_MAX / 4) return FLASH_BAD_SHAPE;
+    if (!std::isnormal(static_cast<float>(args.softmax_scale * LOG2_E)) || args.softmax_scale < 0) return FLASH_BAD_SCALE;
     if (args.heads_q % args.heads_kv || std::max(args.head_dim, args.head_dim_v) > MAX_DIM) return FLASH_BAD_SHAPE;
     if (args.dtype < 0 || args.dtype > 2) return FLASH_BAD_DTYPE;
     if (args.threads < 1) return FLASH_BAD_THREADS;
@@ -549,7 +572,7 @@ template <class T> void run(const flash_args& args, const Plan& plan, float* mem
     std::atomic<int64_t> next{0};
     const auto draw = [&](int thread) { work<T>(args, plan, next, memory, thread); };
     if (plan.threads == 1) return draw(0);
-    Pool::instance().run(static_cast<int>(plan.threads) - 1, draw);
+    pool.run(static_cast<int>(plan.threads) - 1, draw);
 }
 
 }  // namespace

@@ -15,9 +15,9 @@ inline int64_t panel_rows(int64_t left) {
     return left >= 2 * MICRO_ROWS || left <= MICRO_ROWS ? std::min<int64_t>(left, MICRO_ROWS) : (left + 1) / 2;
 }
 
-template <class T> inline vec multiply_add(float a, vec b, vec sum) {
+template <bool PAIRS> inline vec multiply_add(float a, vec b, vec sum) {
 #if defined(__AVX512BF16__)
-    if constexpr (IN_PAIRS<T>)
+    if constexpr (PAIRS)
         return reinterpret_cast<vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(broadcast(a)),
                                                       reinterpret_cast<__m512bh>(b)));
 #endif
@@ -25,17 +25,22 @@ template <class T> inline vec multiply_add(float a, vec b, vec sum) {
 }
 
 // With alpha, C · alpha is added to what is summed.
-template <class T, int ROWS, int VECS>
+template <bool PAIRS, int ROWS, int VECS>
 inline void micro_kernel(const float* a, int64_t steps, const vec* b, vec* c, const vec* alpha) {
     vec sum[ROWS][VECS] = {};
-    UNROLL_STEPS
-    for (int64_t step = 0; step < steps; ++step) {
+    const auto add = [&](int64_t step) {
         UNROLL
         for (int row = 0; row < ROWS; ++row) {
             UNROLL
             for (int i = 0; i < VECS; ++i)
-                sum[row][i] = multiply_add<T>(a[step * ROWS + row], b[step * VECS + i], sum[row][i]);
+                sum[row][i] = multiply_add<PAIRS>(a[step * ROWS + row], b[step * VECS + i], sum[row][i]);
         }
+    };
+    if constexpr (ROWS == MICRO_ROWS) {
+        UNROLL_BY(8)
+        for (int64_t step = 0; step < steps; ++step) add(step);
+    } else {  // rare: only longer to compile
+        for (int64_t step = 0; step < steps; ++step) add(step);
     }
     UNROLL
     for (int row = 0; row < ROWS; ++row) {
@@ -45,20 +50,20 @@ inline void micro_kernel(const float* a, int64_t steps, const vec* b, vec* c, co
     }
 }
 
-template <class T, int VECS, int ROWS = MICRO_ROWS>
+template <bool PAIRS, int VECS, int ROWS = MICRO_ROWS>
 inline void micro_kernel(int64_t rows, const float* a, int64_t steps, const vec* b, vec* c, const vec* alpha) {
     if constexpr (ROWS > 1)
-        if (rows < ROWS) return micro_kernel<T, VECS, ROWS - 1>(rows, a, steps, b, c, alpha);
-    micro_kernel<T, ROWS, VECS>(a, steps, b, c, alpha);
+        if (rows < ROWS) return micro_kernel<PAIRS, VECS, ROWS - 1>(rows, a, steps, b, c, alpha);
+    micro_kernel<PAIRS, ROWS, VECS>(a, steps, b, c, alpha);
 }
 
 // C = A · B for a panel of A, or with alpha C · alpha + A · B.
-template <class T, int VECS>
+template <bool PAIRS, int VECS>
 inline void multiply(int64_t rows, const float* a, int64_t steps, const vec* b, vec* c, const vec* alpha) {
     vec ones[VECS];
     std::fill_n(ones, VECS, broadcast(1.0f));
     for (int64_t step = 0; step < steps; step += SUMMED_STEPS)
-        micro_kernel<T, VECS>(rows, a + step * rows, std::min<int64_t>(SUMMED_STEPS, steps - step), b + step * VECS, c,
+        micro_kernel<PAIRS, VECS>(rows, a + step * rows, std::min<int64_t>(SUMMED_STEPS, steps - step), b + step * VECS, c,
                               step ? ones : alpha);
 }
 
@@ -113,7 +118,7 @@ template <class T> struct VectorProducts {
         for (int64_t key = 0, rows; key < to; key += rows) {
             rows = panel_rows(keys - key);
             ahead.fetch();
-            if (key + rows > from) multiply<T, VECS>(rows, k, steps<T>(dim), q, s + key * VECS, nullptr);
+            if (key + rows > from) multiply<IN_PAIRS<T>, VECS>(rows, k, steps<T>(dim), q, s + key * VECS, nullptr);
             k += rows * steps<T>(dim) + LANES;
         }
     }
@@ -126,7 +131,7 @@ template <class T> struct VectorProducts {
         for (int64_t at = 0, rows; at < dim_v; at += rows) {
             rows = panel_rows(dim_v - at);
             ahead.fetch();
-            multiply<T, VECS>(rows, v + first * rows, count, p + first * VECS, o + at * VECS, alpha);
+            multiply<IN_PAIRS<T>, VECS>(rows, v + first * rows, count, p + first * VECS, o + at * VECS, alpha);
             v += rows * steps<T>(keys) + LANES;
         }
     }

@@ -27,10 +27,10 @@ template <class T> inline vec load_elements(const T* row, int64_t at, int64_t di
     if constexpr (!IN_PAIRS<T>) {
         return load_part(row + at, dim - at);
     } else {
-        if (dim - at >= 2 * LANES) return load(reinterpret_cast<const float*>(row + at));
+        if (dim - at >= 2 * LANES) return load_bits(row + at);
         T pairs[2 * LANES] = {};
         std::copy_n(row + at, std::max<int64_t>(0, dim - at), pairs);
-        return load(reinterpret_cast<const float*>(pairs));
+        return load_bits(pairs);
     }
 }
 

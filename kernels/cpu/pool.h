@@ -9,10 +9,9 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstdint>
+#include <exception>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 namespace {
@@ -22,21 +21,11 @@ public:
     static constexpr int MAX_HELPERS = 1023;
     static constexpr std::chrono::microseconds SPIN{50};
 
-    // Never destroyed: its threads may sleep in it when the process exits.
-    static Pool& instance() {
-        alignas(Pool) static char memory[sizeof(Pool)];
-        static Pool* const pool = [] {
-            pthread_atfork(nullptr, nullptr, [] { new (memory) Pool; });
-            return new (memory) Pool;
-        }();
-        return *pool;
-    }
-
     // Calls work(0) here and, on up to `helpers` other threads, work(1), work(2), …; returns when all have returned.
     // Fewer help where the system gives no more threads, where some are late, or where another call has the pool.
     template <class Work> void run(int helpers, const Work& work) {
         std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-        if (helpers < 1 || !turn.owns_lock()) return work(0);
+        if (!turn.owns_lock()) return work(0);
         {
             const std::lock_guard<std::mutex> lock(mutex_);
             start(helpers);
@@ -45,7 +34,7 @@ public:
             joined_ = 0;
             places_.store(helpers, std::memory_order_release);
         }
-        wake_.notify_all();
+        for (int i = 0; i < helpers; ++i) wake_.notify_one();
         work(0);
         std::unique_lock<std::mutex> lock(mutex_);
         places_.store(0, std::memory_order_relaxed);  // who is late finds nothing
@@ -81,7 +70,7 @@ private:
     void start(int helpers) {
         try {
             for (; started_ < helpers && started_ < MAX_HELPERS; ++started_) std::thread([this] { help(); }).detach();
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {
             // The system has no thread left to give: those that are there do all the work.
         }
     }
@@ -106,5 +95,13 @@ private:
         }
     }
 };
+
+// Made when the library is loaded, so that no fork can come in between, and never destroyed: its threads may sleep in it
+// when the process exits.
+alignas(Pool) char pool_memory[sizeof(Pool)];
+Pool& pool = [] () -> Pool& {
+    pthread_atfork(nullptr, nullptr, [] { new (pool_memory) Pool; });
+    return *new (pool_memory) Pool;
+}();
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Vectors of fp32 on the CPU that the compiler targets, in GNU vector extensions (g++ ≥ 11, clang ≥ 15): their sizes,
 // exp2, loads that widen, stores that narrow, transposes. Knows nothing of attention.
 //
-// Intrinsics stand only where the extensions lack a word: fp16 conversions (F16C) and bf16 dot products (AVX512-BF16).
+// Intrinsics stand only where the extensions lack a word.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,13 @@
 
 namespace {
 
+#define UNROLL_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
-#define UNROLL_STEPS _Pragma("unroll 8")
+#define UNROLL_BY(n) UNROLL_PRAGMA(unroll n)
 #else
 #define UNROLL _Pragma("GCC unroll 32")
-#define UNROLL_STEPS _Pragma("GCC unroll 8")
+#define UNROLL_BY(n) UNROLL_PRAGMA(GCC unroll n)
 #endif
 
 // gemm.h keeps MICRO_ROWS × MICRO_VECS vectors of a product in registers: as many as can accumulate.
@@ -43,7 +44,7 @@ constexpr char ISA[] = "neon";
 constexpr int LANES = 4, MICRO_ROWS = 6, MICRO_VECS = 2;  // 12 of 16
 constexpr char ISA[] = "portable";
 #endif
-// Products that are summed before the sum is added to others: rounding errors grow with the length of a sum. 64 cost 2.5 %
+// Steps that are summed before the sum is added to others (AMX, which is for bf16 alone, has no such end): rounding errors grow with the length of a sum. 64 cost 2.5 %
 // of the speed, and make the largest fp32 errors 0.6 to 1.05 times those of torch's sdpa instead of 0.9 to 1.6 times
 // (benchmarks/cpu_accuracy.py). Without FMA each product is rounded too.
 #if defined(__FMA__) || defined(__aarch64__)
@@ -102,11 +103,12 @@ template <bool TO_BF16 = false> inline vec exp2(vec x) {
 
 // ---- loads and stores -----------------------------------------------------------------------------------------------
 
-inline vec load(const float* from) {
+inline vec load_bits(const void* from) {
     vec x;
     std::memcpy(&x, from, sizeof x);
     return x;
 }
+inline vec load(const float* from) { return load_bits(from); }
 
 inline vec load(const bfloat* from) {
     svec bits;

@@ -6,8 +6,10 @@ Knows nothing of the kernel's insides.
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_HEAD_DIM = 256
 """MAX_DIM in the kernel."""
+MIN_SCALE, MAX_SCALE = 1e-38, 2e38
+"""Times log2(e), which is how the kernel uses it, it is a normal float between these."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,20 @@ class Isa:
     needs: tuple[str, ...]
     """What the CPU must report for it."""
     flags: tuple[str, ...]
-    """For the compiler, where a better path is there too."""
+    """For the compiler, to leave out what better paths would use."""
+    chosen_with: tuple[str, ...] = ()
+    """What the CPU must report besides for it to be taken unasked."""
 
 
+_AVX512 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 ISAS = (
-    Isa("amx_bf16", ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512_bf16"), ()),
-    Isa("avx512_bf16", ("avx512f", "avx512bw", "avx512_bf16"), ("-mno-amx-bf16",)),
-    Isa("avx512", ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"), ("-march=x86-64-v4",)),
-    Isa("avx2", ("avx2", "fma", "f16c"), ("-march=x86-64-v3",)),
+    Isa("amx_bf16", (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"), ()),
+    # sse4a is AMD's: Intel's CPUs multiply pairs of bf16 at half the rate of fp32.
+    Isa("avx512_bf16", (*_AVX512, "avx512_bf16"), ("-mno-amx-bf16",), ("sse4a",)),
+    Isa("avx512", _AVX512, ("-mno-amx-bf16", "-mno-avx512bf16")),
+    Isa("avx2", ("avx2", "fma", "f16c"), ("-mno-avx512f",)),
     Isa("neon", ("asimd",), ()),
-    Isa("portable", (), ("-march=x86-64",)),
+    Isa("portable", (), ("-march=x86-64",) if platform.machine() == "x86_64" else ()),
 )
 """Best first."""
 
@@ -60,8 +68,8 @@ class FlashArgs(ctypes.Structure):
 class JitFlashCpu(Backend):
     """Forward attention on fp32, fp16 and bf16 tensors whose last dimension is contiguous.
 
-    fp32 and fp16 are computed in fp32, bf16 too unless the CPU multiplies bf16 itself (AVX512-BF16). It runs on as many
-    threads as torch had at `prepare`. ATTNBENCH_CPU_ISA, the name of one of ISAS, forces a lesser path.
+    fp32 and fp16 are computed in fp32, bf16 too unless the CPU multiplies bf16 itself (AMX, AVX512-BF16). It runs on as
+    many threads as torch had at `prepare`. ATTNBENCH_CPU_ISA, the name of one of ISAS, forces a lesser path.
     """
 
     name = "jit_flash"
@@ -86,6 +94,8 @@ class JitFlashCpu(Backend):
         for name in ("head_dim", "head_dim_v"):
             if getattr(problem, name) > MAX_HEAD_DIM:
                 return f"{name} {getattr(problem, name)} is above {MAX_HEAD_DIM}"
+        if not MIN_SCALE <= problem.softmax_scale <= MAX_SCALE:
+            return f"softmax_scale {problem.softmax_scale:g} is beyond what fp32 holds"
         return None
 
     def prepare(
@@ -107,6 +117,8 @@ class JitFlashCpu(Backend):
             # The kernel only gets addresses: a tensor smaller than the problem would be read past its end.
             if tensor.shape != getattr(problem, f"{name}_shape") or tensor.dtype != dtype:
                 raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, not what {problem.case_id} has")
+            if tensor.device.type != "cpu":
+                raise ValueError(f"{name} is on {tensor.device}, not on the CPU")
             if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
                 raise ValueError(f"the last dimension of {name} must be contiguous: its stride is {tensor.stride(-1)}")
         if lse is not None and not (
@@ -166,24 +178,37 @@ def _arguments(problem: Problem, dtype: int) -> FlashArgs:
 
 def _isa() -> tuple[Isa, str | None]:
     """The path to take, and why it cannot be taken: None unless ATTNBENCH_CPU_ISA asks for what is not there."""
-    features = jit.cpu_features().split()
-    lacks = {isa.name: [feature for feature in isa.needs if feature not in features] for isa in ISAS}
-    best = next(isa for isa in ISAS if not lacks[isa.name])
+    features = set(jit.cpu_features().split())
+    if "amx_tile" in features and not _tiles_granted():
+        features.remove("amx_tile")
+    best = next(isa for isa in ISAS if features.issuperset(isa.needs + isa.chosen_with))
     forced = settings.cpu_isa()
     if forced is None:
         return best, None
     for isa in ISAS:
         if isa.name == forced:
-            missing = lacks[forced]
+            missing = [need for need in isa.needs if need not in features]
+            if not missing and best.name == "neon" and isa != best:
+                missing = ["x86-64 instructions"]
             return isa, f"this CPU has no {missing[0]}: unset ATTNBENCH_CPU_ISA={forced}" if missing else None
     return best, f"ATTNBENCH_CPU_ISA={forced} is not one of {', '.join(isa.name for isa in ISAS)}"
+
+
+@lru_cache
+def _tiles_granted() -> bool:
+    """Whether Linux lets this process use AMX tiles; asking is what the kernel would do, too."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
 def _library() -> ctypes.CDLL:
     isa, _ = _isa()
     with as_file(files("attnbench_kernels") / "cpu") as folder:
-        flags = ("-pthread", *(isa.flags if settings.cpu_isa() else ()))
-        library = jit.compile(folder / "flash_attention.cpp", flags=flags).load()
+        library = jit.compile(folder / "flash_attention.cpp", flags=("-pthread", *isa.flags)).load()
     library.flash_attention_isa.restype = ctypes.c_char_p
     library.flash_attention_workspace.restype = ctypes.c_int64
+    made = library.flash_attention_isa().decode()
+    if made != isa.name:
+        hint = f"set ATTNBENCH_CPU_ISA={made}"
+        raise jit.CompileError(f"the compiler made {made} of what was to be {isa.name}", hint=hint)
     return library
