@@ -535,10 +535,9 @@ def test_without_the_systems_permission_there_are_no_tiles(monkeypatch):
     assert JitFlashCpu().unavailable() == "this CPU has no amx_tile: unset ATTNBENCH_CPU_ISA=amx_bf16"
 
 
-def test_a_compiler_that_makes_another_path_is_found_out(isa, monkeypatch):
-    other = next(each for each in ISAS if each.name != isa)
-    monkeypatch.setattr(cpu, "_isa", lambda: (dataclasses.replace(other, flags=()), None))
-    with pytest.raises(jit.CompileError, match=rf"^the compiler made \w+ of what was to be {other.name}$"):
+def test_a_compiler_that_makes_another_path_is_found_out(monkeypatch):
+    monkeypatch.setattr(cpu, "_isa", lambda: (dataclasses.replace(ISAS[-1], flags=()), None))
+    with pytest.raises(jit.CompileError, match=r"^the compiler made \w+ of what was to be portable$"):
         cpu._library()
 
 
