@@ -66,9 +66,9 @@ namespace {
 constexpr int64_t TILE = 256;
 constexpr int64_t FEW_ROWS = 8;
 constexpr bool ONE_VECTOR = LANES > FEW_ROWS;  // whether panels of one vector are worth their code
-// Keys of their blocks. The next block is fetched ahead; on Zen 3, reading from memory, 32 keys of d = 128 gave 0.86 to
-// 0.95 of a plain read's speed, 64 0.76 to 0.93, 128 0.65 to 0.84.
-constexpr int64_t FEW_KEYS = 32;
+// Keys of their blocks. The next block is fetched ahead, into L1 together with this one. Reading from memory on Zen 3, 16
+// keys of d = 128 gave 0.94 of a plain read's speed, 32 0.77 to 0.95, 64 0.85, 128 0.65 to 0.84.
+constexpr int64_t FEW_KEYS = 16;
 // Keys whose values are added up before they are added to others, where rows are few: their sums are short otherwise.
 constexpr int64_t FEW_ROWS_KEYS = 16384;
 constexpr int64_t MAX_DIM = 256;
@@ -416,9 +416,9 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
         const T *k_block = k + key * args.k_stride[2], *v_block = v + key * args.v_stride[2];
         const int64_t after = std::min(FEW_KEYS, high - key - keys);
         Ahead k_ahead(k_block + keys * args.k_stride[2], args.k_stride[2], after, args.head_dim,
-                      ceil_div(keys, 8) * ceil_div(args.head_dim, LANES));
+                      ceil_div(keys * tile.rows, 8) * ceil_div(args.head_dim, LANES));
         Ahead v_ahead(v_block + keys * args.v_stride[2], args.v_stride[2], after, args.head_dim_v,
-                      keys * ceil_div(args.head_dim_v, 8 * LANES));
+                      keys * ceil_div(args.head_dim_v * tile.rows, 8 * LANES));
         for_rows(tile.rows, [&](int64_t row, auto count) {
             dot_keys<T, count>(k_block, args.k_stride[2], keys, args.head_dim, scratch.q + row * plan.dim, plan.dim,
                                s + row * FEW_KEYS, k_ahead);

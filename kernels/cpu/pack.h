@@ -64,7 +64,7 @@ inline void pack_rows(const RowAt& row_at, int64_t count, int64_t dim, int64_t s
         }
 }
 
-// Rows that are read soon, fetched into L2 little by little while there is other work.
+// Rows that are read soon, fetched into L1 little by little while there is other work.
 class Ahead {
 public:
     template <class T>
@@ -75,7 +75,7 @@ public:
     // One of `calls` shares.
     void fetch() {
         for (int64_t lines = at_once_; lines > 0 && rows_left_ > 0; --lines) {
-            __builtin_prefetch(row_ + at_, 0, 2);
+            __builtin_prefetch(row_ + at_, 0, 3);
             at_ += 64;
             if (at_ >= bytes_) at_ = 0, row_ += stride_, --rows_left_;
         }
