@@ -23,7 +23,7 @@ test: $(READY)
 SANITIZERS := $(shell c++ -print-file-name=libasan.so) $(shell c++ -print-file-name=libubsan.so)
 sanitize: $(READY)
 	ATTNBENCH_CXX=$(CURDIR)/tools/sanitized-c++ LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest -q tests/test_jit_flash_cpu.py
+		$(BIN)/python -m pytest -q --capture=sys tests/test_jit_flash_cpu.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -361,7 +361,7 @@ def test_log_sum_exp(seqlen_q, dtype, count, threads):
 
 def test_log_sum_exp_wants_a_tensor_of_its_shape():
     case = problem(5, 7)
-    with pytest.raises(ValueError, match=r"^lse must be contiguous, of \(1, 1, 5\) in torch.float32$"):
+    with pytest.raises(ValueError, match=r"^lse must be contiguous, of \(1, 1, 5\) in torch.float32, on the CPU$"):
         JitFlashCpu().prepare(case, *inputs(case), lse=torch.empty(1, 1, 5, dtype=torch.float64))
 
 
@@ -439,6 +439,10 @@ def test_refuses_tensors_that_are_not_the_problem():
         JitFlashCpu().prepare(case, q, k.mT.contiguous().mT, v)
     with pytest.raises(ValueError, match=r"^v is \(1, 1, 99, 64\) of torch.float32, not what b1-h1-q65-k100-d64-fp32"):
         JitFlashCpu().prepare(case, q, k, v[:, :, 1:])
+    with pytest.raises(ValueError, match=r"^q is on meta, not on the CPU$"):
+        JitFlashCpu().prepare(case, q.to("meta"), k, v)
+    with pytest.raises(ValueError, match=r"^q is a negated view: resolve_neg\(\) it$"):
+        JitFlashCpu().prepare(case, torch._neg_view(q), k, v)
     with pytest.raises(ValueError, match=r"^q is \(1, 1, 65, 64\) of torch.float16"):
         JitFlashCpu().prepare(case, q.half(), k, v)
 

@@ -119,12 +119,17 @@ class JitFlashCpu(Backend):
                 raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, not what {problem.case_id} has")
             if tensor.device.type != "cpu":
                 raise ValueError(f"{name} is on {tensor.device}, not on the CPU")
+            if tensor.is_neg():  # a view whose numbers are not those in memory
+                raise ValueError(f"{name} is a negated view: resolve_neg() it")
             if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
                 raise ValueError(f"the last dimension of {name} must be contiguous: its stride is {tensor.stride(-1)}")
         if lse is not None and not (
-            lse.shape == problem.out_shape[:3] and lse.dtype == torch.float32 and lse.is_contiguous()
+            lse.shape == problem.out_shape[:3]
+            and lse.dtype == torch.float32
+            and lse.is_contiguous()
+            and lse.device.type == "cpu"
         ):
-            raise ValueError(f"lse must be contiguous, of {problem.out_shape[:3]} in torch.float32")
+            raise ValueError(f"lse must be contiguous, of {problem.out_shape[:3]} in torch.float32, on the CPU")
 
         args = _arguments(problem, list(dtypes).index(problem.resolve(self.device).dtype))
         for name, tensor in tensors.items():
