@@ -334,9 +334,9 @@ void attend(const flash_args& args, const Plan& plan, const Tile& tile, int64_t 
 
 // ---- a tile of few rows ---------------------------------------------------------------------------------------------
 
-// s[key] = q · k and o += Σ p[key] · v for ROWS rows, in place: lanes lie along the head dimension. K and V are read
-// from memory once.
-// KEYS_AT_ONCE × ROWS = 8 sums are kept in registers.
+// Lanes lie along the head dimension here, and K and V are read where they are, from memory once.
+
+// s[key] = q · k for ROWS rows. AT_ONCE × ROWS = 8 sums are kept in registers.
 template <class T, int ROWS>
 void dot_keys(const T* k, int64_t stride, int64_t keys, int64_t dim, const float* q, int64_t q_pitch, float* s,
               Ahead& ahead) {
@@ -359,7 +359,7 @@ void dot_keys(const T* k, int64_t stride, int64_t keys, int64_t dim, const float
     }
 }
 
-// COLUMNS × ROWS = 8 sums are kept in registers over all keys of the block, then added to O · alpha.
+// O = O · alpha + Σ p[key] · v for ROWS rows. COLUMNS × ROWS = 8 sums are kept in registers over all keys of the block.
 template <class T, int ROWS, int COLUMNS = 8 / ROWS>
 void add_values(const T* v, int64_t stride, int64_t keys, int64_t dim, const float* p, const float* alpha, float* o,
                 int64_t o_pitch, Ahead& ahead) {
@@ -534,14 +534,10 @@ template <class T> void work(const flash_args& args, const Plan& plan, std::atom
         const int64_t high = tile.first.low + std::min(keys, (split + 1) * chunk);
         float* tile_parts = parts + index * plan.splits * plan.part;
         const Part part(plan, plan.splits == 1 ? scratch.part : tile_parts + split * plan.part);
-        if (tile.rows <= FEW_ROWS) {
-            attend_few<T>(args, plan, tile, low, high, scratch, part);
-        } else if constexpr (ONE_VECTOR) {
-            if (tile.rows <= LANES) attend<T, 1>(args, plan, tile, low, high, scratch, part);
-            else attend<T, MICRO_VECS>(args, plan, tile, low, high, scratch, part);
-        } else {
-            attend<T, MICRO_VECS>(args, plan, tile, low, high, scratch, part);
-        }
+        constexpr int FEWEST_VECS = ONE_VECTOR ? 1 : MICRO_VECS;
+        if (tile.rows <= FEW_ROWS) attend_few<T>(args, plan, tile, low, high, scratch, part);
+        else if (tile.rows <= FEWEST_VECS * LANES) attend<T, FEWEST_VECS>(args, plan, tile, low, high, scratch, part);
+        else attend<T, MICRO_VECS>(args, plan, tile, low, high, scratch, part);
         if (plan.splits == 1) {
             write<T>(args, plan, tile, part);
         } else if (left[index].fetch_sub(1, std::memory_order_acq_rel) == 1) {
