@@ -7,6 +7,7 @@ has no arithmetic for fp16 or bf16. The conversions are then OpenVINO's own, and
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,19 @@ def compiled(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Any:
         num_streams: 1,
         inference_num_threads: torch.get_num_threads(),
     }
-    return ov.compile_model(ov.Model([attention], parameters), "CPU", settings)
+    return core().compile_model(ov.Model([attention], parameters), "CPU", settings)
+
+
+@functools.cache
+def core() -> Any:
+    """The one openvino.Core of this process.
+
+    Each Core replaces the stack on which the thread's signals are handled, and unmaps its own when it goes, even if a
+    later one puts that back when it goes in turn: then the next Ctrl-C is a segmentation fault.
+    """
+    import openvino as ov
+
+    return ov.Core()
 
 
 def _element_type(dtype: torch.dtype) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_openvino_computes_in_the_problems_dtype_where_the_processor_can(dtype: 
     case = problem(16, 16, dtype)
     compiled = openvino.compiled(case, *tensors(case))
     native = {"fp32": ov.Type.f32, "fp16": ov.Type.f16, "bf16": ov.Type.bf16}[dtype]
-    can = dtype.upper() in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    can = dtype.upper() in openvino.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert compiled.get_property("INFERENCE_PRECISION_HINT") == (native if can else ov.Type.f32)
     assert {i.get_element_type() for i in (*compiled.inputs, *compiled.outputs)} == {native}
 
@@ -220,7 +221,7 @@ def test_openvino_is_given_fp32_as_the_precision_and_does_not_choose_it() -> Non
 
     case = problem(16, 16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ov, "compile_model", compile_model)
+        patch.setattr(openvino, "core", lambda: SimpleNamespace(compile_model=compile_model))
         openvino.compiled(case, *tensors(case))
     assert given["device"] == "CPU"
     assert given["INFERENCE_PRECISION_HINT"] == ov.Type.f32
@@ -235,6 +236,29 @@ def test_openvino_has_one_stream_of_torchs_threads(threads: Callable[[int], None
     assert compiled.get_property("NUM_STREAMS") == 1
     assert compiled.get_property("PERFORMANCE_HINT") == "LATENCY"
     assert OpenVino().parallel_units(case) == count
+
+
+def test_an_interrupt_after_openvinos_models_have_gone_is_an_interrupt() -> None:
+    """A process with two Cores, the first of which has gone, dies of the next signal: its handler has no stack."""
+    answer = python(
+        """
+        import signal
+        import torch
+        from attnbench import Problem
+        from attnbench_plugins.openvino import OpenVino
+        for keys in (8, 16, 24):
+            case = Problem(seqlen_q=8, seqlen_k=keys, dtype="fp32")
+            shapes = case.q_shape, case.k_shape, case.v_shape
+            call = OpenVino().prepare(case, *map(torch.ones, shapes))
+            call()
+        del call
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            print("interrupted")
+        """
+    )
+    assert answer.out.strip() == "interrupted", answer
 
 
 # --- ONNX Runtime -----------------------------------------------------------------------------------------------------
