@@ -128,6 +128,13 @@ def cuda_toolchain(arch: str | None = None) -> Toolchain:
     return Toolchain(compiler, version_output(compiler) + host.version_output, flags)
 
 
+def cubin_toolchain(arch: str) -> Toolchain:
+    """nvcc for a device's machine code alone, which the driver loads. Raises ToolchainMissing where there is none."""
+    tools = cuda_toolchain(arch)
+    flags = ("-O3", "-std=c++17", "-cubin", "-x", "cu", f"-arch={arch}", *tools.flags[tools.flags.index("-ccbin"):][:2])
+    return Toolchain(tools.compiler, tools.version_output, flags, suffix=".cubin")
+
+
 def _cuda_arch() -> str:
     import torch
 
