@@ -179,7 +179,7 @@ class Tables:
         return None if base is None or _incomparable(own, base) else base
 
     def _rival(self, case: str, contender: str) -> Row | None:
-        """The baseline's row, however it was timed; for BEST the fastest of those timed as the contender, if any was."""
+        """The baseline's row, however it was timed; for BEST the fastest, if any of those timed as the contender."""
         if self.baseline == BEST:
             rivals = [self._rows.get((case, kernel)) for kernel in self._kernels if kernel != contender]
             timed = [row for row in rivals if row is not None and row["time_us"] is not None]
