@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attnbench import jit
-from attnbench.devices import DeviceInfo, peaks
+from attnbench.devices import DeviceInfo, Timing, peaks
 from attnbench.devices.cpu import CpuDevice, total_cache_bytes
 from attnbench.devices.known import known_device
 from attnbench.devices.peaks import Peaks, with_peaks, working_sets
