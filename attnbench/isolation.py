@@ -22,7 +22,7 @@ from attnbench.devices import MOST_CALLS_A_CHANGE, Timing
 from attnbench.environment import one_line
 from attnbench.problem import DeviceKind, Problem
 from attnbench.registry import BackendInfo
-from attnbench.result import MAX_TIME_US, TIMING_METHODS, Status, sample_sizes
+from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, HOST_CLOCK, MAX_TIME_US, Status, sample_sizes
 from attnbench.wire import VERSION, Channel, Closed, NoAnswer, Region, WireError
 from attnbench.worker import CaseFailed, Timed
 
@@ -282,6 +282,7 @@ class _WallClock:
             raise CaseFailed(Status.TAMPERED, claim)
 
 
+_METHODS = {"cpu": (HOST_CLOCK,), "cuda": (CUDA_GRAPH, DEVICE_EVENTS), "npu": (DEVICE_EVENTS,)}
 _TIMING_FIELDS = {field.name for field in dataclasses.fields(Timing)}
 _FAILURES = {status.value for status in Status if status is not Status.PASSED}
 
@@ -327,7 +328,7 @@ def _is_timing(value: Any, count: int, device: DeviceKind) -> bool:
         and together <= alike <= most
         and alike % together == 0  # a sample's calls all have the same inputs
         and _is_times(value["times_us"], len(sample_sizes(count, together)))
-        and value["method"] in TIMING_METHODS
+        and value["method"] in _METHODS[device]
         and isinstance(value["fallback"], str)
     )
 

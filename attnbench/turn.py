@@ -141,7 +141,8 @@ class Turn:
 
     def _lane(self, backend: str) -> _Lane:
         blocks, budget = self._progress.blocks, self._progress.verdicts[backend].check.err_budget
-        method = blocks[-1].laps[backend].timing_method if blocks else None
+        before = blocks[-1].laps.get(backend) if blocks else None
+        method = None if before is None else before.timing_method
         inputs = self._inputs(self._bench.seed)
         return _Lane(self._bench, self._problem, inputs, budget, self._workers[backend], method)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from attnbench import Backend, Problem, hookimpl
 from attnbench_plugins.sdpa_kernels import HEAD_DIM_MULTIPLE, SdpaKernel, odd_head_dim
@@ -22,7 +23,8 @@ class SdpaCudnn(SdpaKernel):
     def not_built(self) -> str | None:
         import torch
 
-        version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+        cudnn: Any = torch.backends.cudnn
+        version = cudnn.version() if cudnn.is_available() else None
         if version is None:
             return "this torch has no cuDNN"
         return None if version >= LEAST_VERSION else f"it needs cuDNN 9, and this torch has {version}"

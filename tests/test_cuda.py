@@ -13,18 +13,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, attnbench
+import torch
+from helpers import attnbench
 
-
-def _sees_a_gpu() -> bool:
-    probe = "import torch; print(torch.cuda.is_available())"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=_ENV, check=False)
-    return done.stdout.strip() == "True"
-
-
-_ENV = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-
-pytestmark = pytest.mark.skipif(not _sees_a_gpu(), reason="it computes on a GPU, and torch sees none")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="it computes on a GPU, and torch sees none")
 
 HEAD = """
 import json, statistics
@@ -47,13 +39,18 @@ def show(**found):
 """
 
 
+def with_gpu() -> dict[str, str]:
+    """This process's environment, but for what hides the GPU from it."""
+    return {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+
+
 def on_gpu(body: str) -> dict:
     """What the script printed last."""
     done = subprocess.run(
         [sys.executable, "-c", HEAD + textwrap.dedent(body)],
         capture_output=True,
         text=True,
-        env=_ENV | {"PYTHONPATH": str(ROOT / "tests")},
+        env=with_gpu(),
         timeout=300,
         check=False,
     )
@@ -211,7 +208,7 @@ def test_cold_calls_are_slower_than_hot_ones() -> None:
 def run(folder: Path, *words: object) -> list[dict]:
     """The results of a run on the GPU."""
     out = folder / "run"
-    answer = attnbench("run", "--device", "cuda", *words, "--out", out, env=_ENV, timeout=600)
+    answer = attnbench("run", "--device", "cuda", *words, "--out", out, env=with_gpu(), timeout=600)
     lines = (out / "results.jsonl").read_text(encoding="utf-8").splitlines()
     assert lines, answer.err
     return [json.loads(line) for line in lines]

@@ -361,7 +361,9 @@ def test_an_answer_of_another_kind_than_asked_for_is_none(worker, name):
         ("cuda", {"method": ["cuda_graph"]}, False),
         ("cuda", {"fallback": None}, False),
         ("cpu", {}, False),
-        ("cpu", {"calls_a_sample": 1, "calls_a_change": 1, "times_us": [1.0] * 10}, True),
+        ("cpu", {"calls_a_sample": 1, "calls_a_change": 1, "times_us": [1.0] * 10, "method": "host_clock"}, True),
+        ("cpu", {"calls_a_sample": 1, "calls_a_change": 1, "times_us": [1.0] * 10}, False),
+        ("npu", {}, False),
     ],
 )
 def test_a_timing_has_a_form_that_its_device_may_give(device, changes, fits):
