@@ -46,10 +46,33 @@ class Lap:
     """What one backend gave in a block."""
 
     times_us: tuple[float, ...]
+    """A sample each, in the order taken: of one call, or the mean of several that were launched at once."""
     calls: tuple[int, ...]
-    """How many of the times each round gave, in the order taken; every lap of a block has the same rounds."""
+    """How many calls each round had; every lap of a block has the same rounds."""
     host_us: tuple[float, ...]
     """Empty where a call is over when it returns: its host time is its time."""
+    timing_method: str
+    calls_a_sample: tuple[int, ...] = ()
+    """How many calls the samples of each round are of; empty where all are of one."""
+    fallback: str = ""
+    """Why the method is not the one that the device has for what can be timed by it; empty where it is."""
+
+    @property
+    def rounds(self) -> tuple[Round, ...]:
+        """Its rounds, of whose pace a lap alone knows nothing."""
+        sizes = self.calls_a_sample or (1,) * len(self.calls)
+        return tuple(Round(calls, calls_a_sample=size) for calls, size in zip(self.calls, sizes))
+
+    @property
+    def samples(self) -> list[int]:
+        """How many times each round gave."""
+        return [len(item.samples) for item in self.rounds]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Lap:
+        """The lap that a block's `to_json` wrote. Raises KeyError or TypeError where it is none."""
+        sequences = {name: tuple(data[name]) for name in ("times_us", "calls", "host_us", "calls_a_sample")}
+        return cls(**{**data, **sequences})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +89,10 @@ class Block:
     """Seconds that its rounds took, dropped ones included."""
 
     def __post_init__(self) -> None:
-        if any(sum(lap.calls) != len(lap.times_us) for lap in self.laps.values()):
-            raise ValueError("the calls of a lap's rounds must be its times")
+        if any(len(lap.calls_a_sample) not in (0, len(lap.calls)) for lap in self.laps.values()):
+            raise ValueError("a lap must say of every round how many calls its samples are of")
+        if any(sum(lap.samples) != len(lap.times_us) for lap in self.laps.values()):
+            raise ValueError("the samples of a lap's rounds must be its times")
         if len({len(lap.calls) for lap in self.laps.values()}) > 1:
             raise ValueError("all laps of a block must have the same rounds")
 
@@ -78,10 +103,7 @@ class Block:
     def from_json(cls, data: Mapping[str, Any]) -> Block:
         """The block that `to_json` wrote. Raises ValueError, KeyError or TypeError where it is none."""
         return cls(
-            laps={
-                name: Lap(**{field: tuple(values) for field, values in lap.items()})
-                for name, lap in data["laps"].items()
-            },
+            laps={name: Lap.from_json(lap) for name, lap in data["laps"].items()},
             seen=tuple(_seen(item) for item in data["seen"]),
             dropped=tuple(_seen(item) for item in data["dropped"]),
             spent_s=float(data["spent_s"]),
@@ -89,7 +111,8 @@ class Block:
 
     def rounds(self, backend: str) -> tuple[Round, ...]:
         """How many calls each round has of one backend, and the machine's pace in it."""
-        return tuple(map(Round, self.laps[backend].calls, self._paces))
+        rounds = self.laps[backend].rounds
+        return tuple(dataclasses.replace(item, pace=pace) for item, pace in zip(rounds, self._paces))
 
     def time_us(self, backend: str) -> float:
         """The paced median of one backend."""
@@ -102,7 +125,7 @@ class Block:
         Processors step between speeds within seconds, by a half and more on a shared host. Backends that took turns
         within tenths of a second saw the same of it, but for rounds in which it stepped; a median passes those over.
         """
-        medians = zip(*(round_medians(lap.times_us, lap.calls) for lap in self.laps.values()))
+        medians = zip(*(round_medians(lap.times_us, lap.samples) for lap in self.laps.values()))
         logs = [statistics.fmean(map(math.log, values)) for values in medians]
         middle = statistics.median(logs)
         return [math.exp(value - middle) for value in logs]
@@ -117,7 +140,6 @@ class How:
     """How all blocks of a run are timed."""
 
     device: DeviceKind
-    timing_method: str
     statistic: Statistic
     cache: CacheState
 
@@ -131,7 +153,8 @@ def measurement(blocks: Sequence[Block], backend: str, how: How) -> Measurement:
         blocks=tuple(lap.times_us for lap in laps),
         rounds=tuple(block.rounds(backend) for block in blocks),
         statistic=how.statistic,
-        timing_method=how.timing_method,
+        timing_method=laps[0].timing_method,  # a lane that changed it has failed
+        fallback=laps[0].fallback,
         cache=how.cache,
         host_us=round(statistics.median(value for lap in laps for value in lap.host_us or lap.times_us), 4),
         clock_mhz=_median(item.clock_mhz for item in seen),

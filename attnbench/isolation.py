@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import keeper
 from attnbench.child import LAST_WORDS_S, Child, ending
+from attnbench.devices import MOST_CALLS_A_CHANGE, Timing
 from attnbench.environment import one_line
-from attnbench.problem import Problem
+from attnbench.problem import DeviceKind, Problem
 from attnbench.registry import BackendInfo
-from attnbench.result import MAX_TIME_US, Status
+from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, HOST_CLOCK, MAX_TIME_US, Status, sample_sizes
 from attnbench.wire import VERSION, Channel, Closed, NoAnswer, Region, WireError
 from attnbench.worker import CaseFailed, Timed
 
@@ -143,13 +144,14 @@ class IsolatedWorker:
             place.fill_(math.nan)
         start_s = time.monotonic()
         how: dict[str, Any] = {"count": count, "cold": cold, "seed": seed, "look_at": list(look_at)}
-        answer = self._ask("time_calls", lambda value: _is_timing(value, count), **how)
+        answer = self._ask("time_calls", lambda value: _is_timed(value, count, self._info.device), **how)
         passed_s = time.monotonic() - start_s
-        timed = Timed(answer["times_us"], answer["elapsed_s"], [place.clone() for place in places])
+        timing = Timing(**answer["timing"])
+        timed = Timed(timing, answer["elapsed_s"], [place.clone() for place in places])
         between_s = count * (BETWEEN_CALLS_S + self._memory.outputs[0].nbytes / FILL_BYTES_S)
         if cold or self._info.device != "cpu":  # flushing, or the device itself, takes time too
             between_s = math.inf
-        self._clock.compare(timed, passed_s, between_s)
+        self._clock.compare(timed, timing.total_us(count) / 1e6, passed_s, between_s)
         return timed
 
     def host_us(self, count: int) -> list[float]:
@@ -263,14 +265,14 @@ class _WallClock:
     def __init__(self) -> None:
         self._passed_s = self._elapsed_s = self._timed_s = self._between_s = 0.0
 
-    def compare(self, timed: Timed, passed_s: float, between_s: float) -> None:
+    def compare(self, timed: Timed, timed_s: float, passed_s: float, between_s: float) -> None:
         """Raise CaseFailed where the worker's clock and this one disagree, or its calls do not fill its time.
 
-        `between_s` is the most that may have passed between the calls.
+        `timed_s` is what all calls took, `between_s` the most that may have passed between them.
         """
         self._passed_s += passed_s
         self._elapsed_s += timed.elapsed_s
-        self._timed_s += sum(timed.times_us) / 1e6
+        self._timed_s += timed_s
         self._between_s += between_s
         if self._elapsed_s < LEAST_CLOCK * self._passed_s - CLOCK_SLACK_S:
             claim = f"by its clock {self._elapsed_s:.3f} s went by while {self._passed_s:.3f} s passed"
@@ -280,6 +282,8 @@ class _WallClock:
             raise CaseFailed(Status.TAMPERED, claim)
 
 
+_METHODS = {"cpu": (HOST_CLOCK,), "cuda": (CUDA_GRAPH, DEVICE_EVENTS), "npu": (DEVICE_EVENTS,)}
+_TIMING_FIELDS = {field.name for field in dataclasses.fields(Timing)}
 _FAILURES = {status.value for status in Status if status is not Status.PASSED}
 
 
@@ -292,19 +296,40 @@ def _is_reason(value: Any) -> bool:
 
 
 def _is_units(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+    return value is None or _is_count(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_times(value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(map(_is_time, value))
 
 
-def _is_timing(value: Any, count: int) -> bool:
+def _is_timed(value: Any, count: int, device: DeviceKind) -> bool:
     return (
         isinstance(value, dict)
-        and set(value) == {"times_us", "elapsed_s"}
-        and _is_times(value["times_us"], count)
+        and set(value) == {"timing", "elapsed_s"}
+        and _is_timing(value["timing"], count, device)
         and _is_number(value["elapsed_s"], 0.0, MAX_TIME_US)
+    )
+
+
+def _is_timing(value: Any, count: int, device: DeviceKind) -> bool:
+    """Whether it is a Timing of `count` calls in a form that the device may give."""
+    if not (isinstance(value, dict) and set(value) == _TIMING_FIELDS):
+        return False
+    together, alike = value["calls_a_sample"], value["calls_a_change"]
+    most = 1 if device == "cpu" else MOST_CALLS_A_CHANGE  # the fewer, the sooner a stale output shows
+    return (
+        _is_count(together)
+        and _is_count(alike)
+        and together <= alike <= most
+        and alike % together == 0  # a sample's calls all have the same inputs
+        and _is_times(value["times_us"], len(sample_sizes(count, together)))
+        and value["method"] in _METHODS[device]
+        and isinstance(value["fallback"], str)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import time
@@ -12,6 +13,7 @@ from typing import Protocol as TypingProtocol
 
 from attnbench import stats
 from attnbench.blocks import Block, Lap, Seen
+from attnbench.devices import Timing
 from attnbench.errors import AttnbenchError
 from attnbench.result import CACHE_STATES, CacheState, Statistic
 
@@ -58,8 +60,8 @@ class Lane(TypingProtocol):
         """Call, untimed, for at least that long; gives about how many µs a call takes."""
         ...
 
-    def time_calls(self, count: int, *, cold: bool) -> list[float]:
-        """Times in µs of `count` calls."""
+    def time_calls(self, count: int, *, cold: bool) -> Timing:
+        """How long `count` calls took, always by the same method."""
         ...
 
     def host_us(self, count: int) -> list[float]:
@@ -208,8 +210,8 @@ def take_block(
     order = random.Random(seed)
     calls: dict[str, list[int]] = {}
     host: dict[str, tuple[float, ...]] = {}
-    times: dict[str, list[list[float]]] = {}
-    """By lane and round."""
+    rounds: dict[str, list[Timing]] = {}
+    """By lane."""
 
     def each(names: list[str], step: Callable[[str], None]) -> None:
         for name in names:
@@ -224,7 +226,7 @@ def take_block(
         found = _calls(lanes[name], protocol, index, (known_us or {}).get(name))
         host[name] = tuple(round(value, 4) for value in lanes[name].host_us(min(found[0], HOST_CALLS)))
         calls[name] = found
-        times[name] = []
+        rounds[name] = []
         lanes[name].pause()
 
     each(list(lanes), warm_up)
@@ -232,12 +234,12 @@ def take_block(
     kept: list[Seen] = []
     dropped: list[Seen] = []
     while calls and len(kept) < len(next(iter(calls.values()))):
-        taken: dict[str, list[float]] = {}
+        taken: dict[str, Timing] = {}
 
         def take(name: str) -> None:
             lanes[name].warm_up(WARM_UP_S)  # caches, clocks and threads must come back first
             found = lanes[name].time_calls(calls[name][len(kept)], cold=protocol.cache == "cold")
-            taken[name] = [round(value, 4) for value in found]  # noqa: B023
+            taken[name] = dataclasses.replace(found, times_us=[round(us, 4) for us in found.times_us])  # noqa: B023
             lanes[name].pause()
 
         names = list(calls)
@@ -250,18 +252,26 @@ def take_block(
             continue
         kept.append(seen)
         for name in taken:
-            times[name].append(taken[name])
+            rounds[name].append(taken[name])
         if _costly(protocol, time.monotonic() - start_s):
             break
     if not calls:
         return None
-    laps = {name: _lap(times[name], host[name]) for name in lanes if name in calls}
+    laps = {name: _lap(rounds[name], calls[name], host[name]) for name in lanes if name in calls}
     return Block(laps=laps, seen=tuple(kept), dropped=tuple(dropped), spent_s=round(time.monotonic() - start_s, 3))
 
 
-def _lap(rounds: Sequence[Sequence[float]], host_us: tuple[float, ...]) -> Lap:
-    flat = tuple(value for times in rounds for value in times)
-    return Lap(times_us=flat, calls=tuple(map(len, rounds)), host_us=host_us)
+def _lap(rounds: Sequence[Timing], calls: Sequence[int], host_us: tuple[float, ...]) -> Lap:
+    """`calls` may tell of more rounds than there was time for."""
+    sizes = tuple(timing.calls_a_sample for timing in rounds)
+    return Lap(
+        times_us=tuple(value for timing in rounds for value in timing.times_us),
+        calls=tuple(calls[: len(rounds)]),
+        host_us=host_us,
+        timing_method=rounds[0].method,
+        calls_a_sample=sizes if set(sizes) != {1} else (),
+        fallback=rounds[0].fallback,
+    )
 
 
 def _costly(protocol: Protocol, spent_s: float) -> bool:

@@ -16,6 +16,11 @@ from attnbench import stats
 from attnbench.problem import DEVICE_KINDS, DeviceKind, Problem
 
 Statistic = Literal["mean", "median"]
+TimingMethod = Literal["host_clock", "device_events", "cuda_graph"]
+"""How times are taken: the host's clock around a call, events around an eager call, or events around the calls of a
+CUDA graph. No ratio is made of two methods' times."""
+TIMING_METHODS: tuple[TimingMethod, ...] = get_args(TimingMethod)
+HOST_CLOCK, DEVICE_EVENTS, CUDA_GRAPH = TIMING_METHODS
 CacheState = Literal["hot", "cold"]
 CACHE_STATES: tuple[CacheState, ...] = get_args(CacheState)
 
@@ -134,18 +139,31 @@ class Round:
     calls: int
     pace: float = 1.0
     """How slow the machine was, next to the middle one of the block's rounds, by all backends of the problem."""
+    calls_a_sample: int = 1
+    """How many calls each of its times is the mean of; the last one of what is left."""
 
     def __post_init__(self) -> None:
-        if type(self.calls) is not int or self.calls < 1:
-            raise ValueError(f"a round must have a whole number of calls, not {self.calls!r}")
+        for count in (self.calls, self.calls_a_sample):
+            if type(count) is not int or count < 1:
+                raise ValueError(f"a round must have a whole number of calls, not {count!r}")
         if not (_is_number(self.pace) and self.pace > 0):
             raise ValueError(f"a round's pace must be above 0, not {self.pace!r}")
 
+    @property
+    def samples(self) -> list[int]:
+        """How many calls each of its times is of."""
+        return sample_sizes(self.calls, self.calls_a_sample)
 
-def round_medians(times_us: Sequence[float], calls: Sequence[int]) -> list[float]:
-    """The median of each round of a block, which has so many calls."""
-    ends = itertools.accumulate(calls)
-    return [statistics.median(times_us[end - count : end]) for end, count in zip(ends, calls)]
+
+def sample_sizes(calls: int, calls_a_sample: int) -> list[int]:
+    """So many calls in samples of that size, the last one of what is left."""
+    return [min(calls_a_sample, calls - first) for first in range(0, calls, calls_a_sample)]
+
+
+def round_medians(times_us: Sequence[float], samples: Sequence[int]) -> list[float]:
+    """The median of each round of a block, which has so many samples."""
+    ends = itertools.accumulate(samples)
+    return [statistics.median(times_us[end - count : end]) for end, count in zip(ends, samples)]
 
 
 def paced_median(times_us: Sequence[float], rounds: Sequence[Round]) -> float:
@@ -154,23 +172,27 @@ def paced_median(times_us: Sequence[float], rounds: Sequence[Round]) -> float:
     The machine's pace in a round is taken from all backends, which had their turns side by side, so that what it did
     to all of them changes no ratio; of two backends the ratio of these is the median of the rounds' ratios.
     """
-    medians = round_medians(times_us, [item.calls for item in rounds])
+    medians = round_medians(times_us, [len(item.samples) for item in rounds])
     return stats.geometric_median([median / item.pace for median, item in zip(medians, rounds)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Raw times of one case in µs a call, grouped in blocks, and how they were taken."""
+    """Raw times of one case in µs a call, grouped in blocks, and how they were taken.
+
+    A time is a sample: of one call or, of a graph, the mean of the calls that were launched at once.
+    """
 
     blocks: tuple[tuple[float, ...], ...]
     """One tuple a block (fresh processes, freshly prepared), in the order taken, its rounds one after the other."""
     rounds: tuple[tuple[Round, ...], ...] = ()
-    """By block how many of its calls each round has, and the machine's pace in it; none where each is one round."""
+    """By block how many calls each round has, and the machine's pace in it; none where a block is one round of calls
+    that were timed one by one."""
     statistic: Statistic
     """What `time_us` is: under `fixed` the mean of all calls, under `adaptive` the geometric mean over blocks of their
     paced medians."""
     timing_method: str
-    """host_clock or device_events."""
+    """One of TIMING_METHODS, the same for all blocks."""
     cache: CacheState
     host_us: float
     """CPU time until an eager call returns, the device's queue not full."""
@@ -178,12 +200,15 @@ class Measurement:
     """Median of the readings taken around the rounds; None where the device tells none."""
     conditions: Conditions | None = None
     """None for a run of a version that did not record them."""
+    fallback: str = ""
+    """Why it was not timed by the method that the device has for what can be; empty where it was."""
 
     def __post_init__(self) -> None:
         if not self.blocks or not all(self.blocks):
             raise ValueError("a measurement needs at least one block of at least one time")
-        if self.rounds and [sum(r.calls for r in rounds) for rounds in self.rounds] != [len(b) for b in self.blocks]:
-            raise ValueError("the calls of a block's rounds must be those of the block")
+        sizes = [sum(len(item.samples) for item in rounds) for rounds in self.rounds]
+        if sizes and sizes != [len(block) for block in self.blocks]:
+            raise ValueError("the samples of a block's rounds must be those of the block")
         for value in (*self.samples, self.host_us):
             if not (_is_number(value) and MIN_TIME_US <= value <= MAX_TIME_US):
                 raise ValueError(f"a time must be a finite number of µs above 0, not {value!r}")
@@ -204,7 +229,8 @@ class Measurement:
 
     @functools.cached_property
     def mean_us(self) -> float:
-        return statistics.fmean(self.samples)
+        """Of all calls: a sample of several counts as often as it has calls."""
+        return _weighted_mean(self.samples, [size for sizes in self._sizes for size in sizes])
 
     @functools.cached_property
     def median_us(self) -> float:
@@ -214,13 +240,21 @@ class Measurement:
     @functools.cached_property
     def block_times_us(self) -> tuple[float, ...]:
         if self.statistic == "mean":
-            return tuple(statistics.fmean(block) for block in self.blocks)
+            return tuple(map(_weighted_mean, self.blocks, self._sizes))
         return self._paced_medians
+
+    @property
+    def _rounds(self) -> Sequence[Sequence[Round]]:
+        return self.rounds or [(Round(len(block)),) for block in self.blocks]
+
+    @property
+    def _sizes(self) -> list[list[int]]:
+        """By block how many calls each of its samples is of."""
+        return [[size for item in rounds for size in item.samples] for rounds in self._rounds]
 
     @functools.cached_property
     def _paced_medians(self) -> tuple[float, ...]:
-        rounds = self.rounds or [(Round(len(block)),) for block in self.blocks]
-        return tuple(paced_median(*pair) for pair in zip(self.blocks, rounds))
+        return tuple(paced_median(*pair) for pair in zip(self.blocks, self._rounds))
 
     @functools.cached_property
     def ci95_us(self) -> tuple[float, float] | None:
@@ -229,8 +263,12 @@ class Measurement:
         return None if half is None else stats.around(self.time_us, half)
 
 
+def _weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    return math.fsum(value * weight for value, weight in zip(values, weights)) / sum(weights)
+
+
 def speedup(baseline: Measurement, contender: Measurement) -> stats.Ratio:
-    """baseline time over contender time, with the intervals of their paired blocks.
+    """baseline time over contender time, both taken by the same method, with the intervals of their paired blocks.
 
     Where one has more blocks, the first that both have count for the value too: what the machine was like in the others
     would be taken for a difference.
@@ -301,7 +339,7 @@ class Result:
             fields["check"] = Check(**fields["check"])
         if fields.get("measurement") is not None:
             timing = dict(fields["measurement"])
-            _require_types(timing, statistic=str, timing_method=str, cache=str)
+            _require_types(timing, statistic=str, timing_method=str, cache=str, fallback=str)
             timing["blocks"] = tuple(tuple(block) for block in timing["blocks"])
             timing["rounds"] = tuple(tuple(Round(**item) for item in block) for block in timing.get("rounds", ()))
             if timing.get("conditions") is not None:

@@ -93,7 +93,7 @@ class Run:
     def _how(self) -> How:
         protocol, device = self._bench.protocol, self._plan.device
         assert protocol is not None
-        return How(device.kind, device.timing_method, protocol.statistic, protocol.cache)
+        return How(device.kind, protocol.statistic, protocol.cache)
 
     def _entries(self, progress: Progress) -> list[Entry]:
         """The backends that are not done with a problem."""

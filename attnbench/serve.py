@@ -6,6 +6,7 @@ Started by isolation.py, below a keeper. It ends when the runner closes its end.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
 import socket
@@ -101,7 +102,7 @@ class _Host:
             timed = worker.time_calls(message["count"], **how)
             for place, returned in zip(region.outputs, timed.outputs):
                 place.copy_(returned)
-            return {"times_us": timed.times_us, "elapsed_s": time.perf_counter() - start_s}
+            return {"timing": dataclasses.asdict(timed.timing), "elapsed_s": time.perf_counter() - start_s}
         output = worker.output(twin=message["twin"])
         if fault := form_fault(problem, output):
             return fault

@@ -45,6 +45,17 @@ def cpu_isa() -> str | None:
     return os.environ.get("ATTNBENCH_CPU_ISA") or None
 
 
+def cuda_timing() -> str:
+    """ATTNBENCH_CUDA_TIMING: `graph`, also where it is unset, or `events`: how calls are timed on an NVIDIA GPU.
+
+    Raises AttnbenchError where it is anything else.
+    """
+    value = os.environ.get("ATTNBENCH_CUDA_TIMING") or "graph"
+    if value not in ("graph", "events"):
+        raise AttnbenchError(f"ATTNBENCH_CUDA_TIMING must be graph or events, not {value!r}")
+    return value
+
+
 def cache_limit_bytes() -> int:
     """ATTNBENCH_CACHE_LIMIT: MiB that compiled kernels may take, 2048 where it is unset; 0 keeps none but the newest.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from attnbench import ledger, spot
 from attnbench.blocks import Block, Progress, Verdict
-from attnbench.devices import Device
+from attnbench.devices import Device, Timing
 from attnbench.environment import one_line
 from attnbench.errors import in_a_line
 from attnbench.isolation import IsolatedWorker
@@ -21,9 +21,9 @@ from attnbench.plan import Entry
 from attnbench.problem import Problem
 from attnbench.protocol import Protocol, Watch, take_block
 from attnbench.reference import DISTRIBUTIONS, Distribution, Inputs, Reference, Unjudgeable, derive_seed, make_inputs
-from attnbench.result import Check, Status
+from attnbench.result import HOST_CLOCK, Check, Status
 from attnbench.wire import OUTPUTS
-from attnbench.worker import CaseFailed, Worker
+from attnbench.worker import REASON_LENGTH, CaseFailed, Worker
 
 AnyWorker = Worker | IsolatedWorker
 
@@ -140,8 +140,11 @@ class Turn:
             worker.release_twin()
 
     def _lane(self, backend: str) -> _Lane:
-        budget = self._progress.verdicts[backend].check.err_budget
-        return _Lane(self._bench, self._problem, self._inputs(self._bench.seed), budget, self._workers[backend])
+        blocks, budget = self._progress.blocks, self._progress.verdicts[backend].check.err_budget
+        before = blocks[-1].laps.get(backend) if blocks else None
+        method = None if before is None else before.timing_method
+        inputs = self._inputs(self._bench.seed)
+        return _Lane(self._bench, self._problem, inputs, budget, self._workers[backend], method)
 
     def _time(self, lanes: dict[str, _Lane], protocol: Protocol) -> Block | None:
         for name in list(lanes):
@@ -176,7 +179,7 @@ class Turn:
     def _known_us(self, protocol: Protocol) -> dict[str, float]:
         """What a call took in the last block, where that says how many fit into a round and nothing else is asked."""
         blocks = self._progress.blocks
-        if not blocks or protocol.cache == "cold" or self._bench.device.timing_method != "host_clock":
+        if not blocks or protocol.cache == "cold" or self._bench.device.timing_method != HOST_CLOCK:
             return {}
         return {name: blocks[-1].time_us(name) for name in blocks[-1].laps}
 
@@ -241,7 +244,17 @@ class Turn:
 class _Lane:
     """A prepared backend as the protocol times it: what it returns meanwhile is judged at once."""
 
-    def __init__(self, bench: Bench, problem: Problem, inputs: Inputs, err_budget: float, worker: AnyWorker) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        problem: Problem,
+        inputs: Inputs,
+        err_budget: float,
+        worker: AnyWorker,
+        method: str | None,
+    ) -> None:
+        """`method` is how it was timed in the blocks before, if there were any."""
+        self._method = method
         self._bench = bench
         self._problem = problem
         self._inputs = inputs
@@ -252,23 +265,30 @@ class _Lane:
     def warm_up(self, seconds: float) -> float:
         return self._worker.warm_up(seconds, _unforeseen())
 
-    def time_calls(self, count: int, *, cold: bool) -> list[float]:
-        """Raises CaseFailed, INCORRECT, where one of the calls looked at gave something wrong."""
+    def time_calls(self, count: int, *, cold: bool) -> Timing:
+        """Raises CaseFailed: INCORRECT where one of the calls looked at gave something wrong, or RUNTIME_ERROR where
+        they could not be timed as those before were, which no measurement could hold."""
         seed = _unforeseen()
         look_at = sorted(random.SystemRandom().sample(range(count), min(OUTPUTS, count)))
         timed = self._worker.time_calls(count, cold=cold, seed=seed, look_at=look_at)
-        self.timed_s += sum(timed.times_us) / 1e6
+        timing = timed.timing
+        self.timed_s += timing.total_us(count) / 1e6
+        why = one_line(timing.fallback)[:REASON_LENGTH]
+        if self._method not in (None, timing.method):
+            changed = f"timed by {timing.method}, and before by {self._method}"
+            raise CaseFailed(Status.RUNTIME_ERROR, f"{changed}: {why}" if why else changed)
+        self._method = timing.method
         with _judging(self._bench.books):
             for call, output in zip(look_at, timed.outputs):
-                patch = Patch.of(self._problem, seed, call - call % self._bench.device.calls_a_change)
+                patch = Patch.of(self._problem, seed, call - call % timing.calls_a_change)
                 fault = spot.fault(self._problem, self._inputs, output, self._err_budget, _unforeseen(), patch)
                 if fault:
                     raise CaseFailed(Status.INCORRECT, f"a timed call: {fault}")
-        return timed.times_us
+        return dataclasses.replace(timing, fallback=why)
 
     def host_us(self, count: int) -> list[float]:
         """None where a call is over when it returns."""
-        return [] if self._bench.device.timing_method == "host_clock" else self._worker.host_us(count)
+        return [] if self._bench.device.timing_method == HOST_CLOCK else self._worker.host_us(count)
 
     def pause(self) -> None:
         self._worker.pause()

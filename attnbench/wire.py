@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from attnbench.reference import Inputs
 
-VERSION = 2
+VERSION = 3
 MAX_MESSAGE_BYTES = 4 << 20
 """5000 times take about 50 KB."""
 OUTPUTS = 2

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from attnbench.backend import Backend
-from attnbench.devices import Device
+from attnbench.devices import Device, Timing
 from attnbench.errors import in_a_line
 from attnbench.jit import CompileError
 from attnbench.patches import Patch, Patched
@@ -66,7 +66,7 @@ class _TimeIsUp(BaseException):
 class Timed:
     """What timing some calls gave."""
 
-    times_us: list[float]
+    timing: Timing
     elapsed_s: float
     """All of it by the worker's clock, with what is not timed between the calls."""
     outputs: list[Tensor]
@@ -162,21 +162,22 @@ class Worker:
         """Call as `time_calls` does, for at least that long; gives the median time in µs of the later half."""
         exercise = self._exercise(seed)
         with _no_collection(), self._guard("a warm-up call"):
-            start_s, count = _MONOTONIC(), 1
+            start_s, count, done = _MONOTONIC(), 1, 0
             times: list[float] = []
             try:
                 while True:
-                    times += self._device.time_calls(self._prepared, count, cold=False, exercise=exercise)
+                    times += self._device.time_calls(self._prepared, count, cold=False, exercise=exercise).times_us
+                    done += count
                     passed_s = _MONOTONIC() - start_s
                     if passed_s >= seconds:
                         return statistics.median(times[len(times) // 2 :])
-                    still = math.ceil((seconds - passed_s) / passed_s * len(times))
+                    still = math.ceil((seconds - passed_s) / passed_s * done)
                     count = min(2 * count, still)  # the first calls are slow, and say little of how many there will be
             finally:
                 exercise.end()
 
     def time_calls(self, count: int, *, cold: bool, seed: int, look_at: Sequence[int]) -> Timed:
-        """Time `count` calls, each on inputs changed by the patch of `seed` and its number, and restore the inputs.
+        """Time `count` calls, on inputs changed by patches of `seed` and their numbers, and restore the inputs.
 
         What the calls in `look_at` return is copied the moment they do. Every returned tensor is filled with NaN.
         """
@@ -185,12 +186,12 @@ class Worker:
         with _no_collection(), self._guard("a timed call"):
             start_s = clock()
             try:
-                times = self._device.time_calls(call, count, cold=cold, exercise=exercise)
+                timing = self._device.time_calls(call, count, cold=cold, exercise=exercise)
             finally:
                 exercise.end()
             self._device.synchronize()
             elapsed_s = clock() - start_s
-        return Timed(times, elapsed_s, [self._plain(output) for output in exercise.outputs])
+        return Timed(timing, elapsed_s, [self._plain(output) for output in exercise.outputs])
 
     def host_us(self, count: int) -> list[float]:
         """CPU times in µs until each of `count` eager calls returns."""
@@ -210,6 +211,8 @@ class Worker:
 
     def release(self) -> None:
         """Let go of the inputs and the callables, and with them of the backend's memory."""
+        if self._call is not None:
+            self._device.forget(self._call)
         self._inputs = self._call = self._twin = self._problem = None
 
     def release_twin(self) -> None:
@@ -299,9 +302,9 @@ class _Exercise:
     def before(self, index: int) -> None:
         self._patched.lay(Patch.of(self._problem, self._seed, index))
 
-    def after(self, index: int, output: object) -> None:
+    def after(self, index: int, output: object, calls: int = 1) -> None:
         plain = output if type(output) is torch.Tensor else None
-        if index in self._look_at:
+        for _ in self._look_at.intersection(range(index, index + calls)):
             if plain is not None:
                 _refuse_alias(plain, self._tensors)
             self.outputs.append(output if plain is None else _copy(plain))

@@ -9,7 +9,6 @@ from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -40,7 +39,7 @@ class Sdpa(Backend):
 
         # torch's is_causal is aligned top-left, which is the same only for as many queries as keys.
         square = problem.causal and problem.window is None and problem.seqlen_q == problem.seqlen_k
-        mask = None if square else self._mask(problem, q.device)
+        mask = None if square else self._mask(problem, q)
         scale, grouped = problem.softmax_scale, problem.heads_q != problem.heads_kv
 
         def call() -> Tensor:
@@ -50,7 +49,7 @@ class Sdpa(Backend):
 
         return call
 
-    def _mask(self, problem: Problem, device: torch.device) -> Tensor | None:
+    def _mask(self, problem: Problem, q: Tensor) -> Tensor | None:
         mask: Tensor | None
         lower_right = problem.causal and problem.window is None and problem.seqlen_q < problem.seqlen_k
         if lower_right and self.device == "cuda":
@@ -62,7 +61,7 @@ class Sdpa(Backend):
         else:
             from attnbench_plugins.masks import visible
 
-            mask = visible(problem, device)
+            mask = visible(problem, q.device)
         return mask
 
     def parallel_units(self, problem: Problem) -> int | None:

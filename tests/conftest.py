@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from helpers import Answer, BareVenv, PluginFolder
 
-OUTSIDE_SETTINGS = ("ATTNBENCH_PLUGINS", "ATTNBENCH_CXX", "CXX", "NO_COLOR", "FORCE_COLOR", "COLUMNS")
+OUTSIDE_SETTINGS = (
+    *("ATTNBENCH_PLUGINS", "ATTNBENCH_CXX", "CXX", "ATTNBENCH_CUDA_TIMING"),
+    *("NO_COLOR", "FORCE_COLOR", "COLUMNS"),
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

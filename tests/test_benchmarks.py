@@ -15,7 +15,7 @@ from attnbench import jit
 from attnbench.problem import Problem
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = sorted({*FOLDER.glob("cpu_*.py")} - {FOLDER / "cpu_bounds.py"})
+SCRIPTS = sorted({*FOLDER.glob("cpu_*.py"), *FOLDER.glob("cuda_*.py")} - {FOLDER / "cpu_bounds.py"})
 
 
 @pytest.fixture
@@ -173,3 +173,49 @@ def test_decoding_takes_more_than_four_caches(bounds) -> None:
     assert k.data_ptr() + k.nbytes == v.data_ptr()
     assert torch.equal(k[0, 0], v[1, 1])
     assert k.abs().min() > 0
+
+
+@pytest.fixture
+def cuda_timing(monkeypatch: pytest.MonkeyPatch) -> dict:
+    monkeypatch.syspath_prepend(FOLDER)
+    return runpy.run_path(str(FOLDER / "cuda_timing.py"))
+
+
+def _ncu(*durations: tuple[str, str, str]) -> str:
+    rows = [f'"{number}","kernel","{name}","{unit}","{value}"' for number, (name, unit, value) in enumerate(durations)]
+    return "\n".join(["==PROF== Connected", '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"', *rows])
+
+
+def test_ncus_kernels_are_summed_up_by_call(cuda_timing) -> None:
+    parse, calls = cuda_timing["parse"], cuda_timing["CALLS"]
+    name = cuda_timing["METRIC"]
+    pair = [(name, "ns", "12,500"), (name, "us", "2.5"), ("other", "ns", "1")]
+    found = parse(_ncu(*pair * calls))
+    assert (found.call_us, found.kernels) == (15.0, 2)
+    assert parse(_ncu(*[(name, "msecond", "1.5")] * calls)).call_us == 1500.0
+    for text in (_ncu(), _ncu(*pair), "==ERROR== no permission"):
+        with pytest.raises(ValueError, match=r"kernels in \d+ calls"):
+            parse(text)
+
+
+def test_a_graphs_time_is_held_to_ncus_from_10_us_on(cuda_timing) -> None:
+    profile = cuda_timing["Profile"]
+    ratios = [(9.9, 12.0), (10.0, 10.29), (100.0, 97.2), (100.0, 96.0), (50.0, 52.0)]
+    table = cuda_timing["table_of"]([(f"at {ncu}", graph, profile(ncu, 1)) for ncu, graph in ratios])
+    assert [row[-2:] for row in _cells(str(table))[2:]] == [
+        ["", ""],
+        ["≤ 1.03", "ok"],
+        ["≤ 1.03", "ok"],
+        ["≤ 1.03", "MISSED"],
+        ["≤ 1.03", "MISSED"],
+    ]
+    assert table.missed == 2
+
+
+def test_without_a_gpu_or_ncu_the_reason_is_exit_2(cuda_timing) -> None:
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, FOLDER / "cuda_timing.py"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "torch" in done.stderr
+    with pytest.raises(ValueError, match="/no/ncu cannot be started: No such file"):
+        cuda_timing["profile"]("/no/ncu", "softmax")

@@ -12,18 +12,24 @@ from attnbench.blocks import Block, How, Lap, Progress, Seen, Verdict, measureme
 from attnbench.problem import Problem
 from attnbench.result import Check, Status
 
-HOW = How("cpu", "host_clock", "median", "hot")
+HOW = How("cpu", "median", "hot")
 CHECK = Check(max_abs_err=0.0, err_budget=1e-6, classic_ok=True, inputs="normal", rows_checked=8, rows_total=8)
 BUSY = Seen(load=0.4, steal=0.02, clock_mhz=2000.0, temperature_c=60.0, causes=("other programs",))
 CALM = Seen(load=0.1, steal=0.0, clock_mhz=3000.0, temperature_c=50.0)
+
+
+def lap(times_us: tuple[float, ...], calls: tuple[int, ...], host_us: tuple[float, ...] = (), **how: object) -> Lap:
+    return Lap(times_us=times_us, calls=calls, host_us=host_us, **{"timing_method": "host_clock", **how})
+
+
 BLOCKS = (
     Block(
-        laps={"a": Lap(times_us=(1.0, 2.0), calls=(1, 1), host_us=(5.0, 7.0))},
+        laps={"a": lap((1.0, 2.0), (1, 1), (5.0, 7.0))},
         seen=(CALM, CALM),
         dropped=(BUSY,),
         spent_s=1.0,
     ),
-    Block(laps={"a": Lap(times_us=(3.0,), calls=(1,), host_us=(6.0,))}, seen=(CALM, BUSY), spent_s=2.5),
+    Block(laps={"a": lap((3.0,), (1,), (6.0,))}, seen=(CALM, BUSY), spent_s=2.5),
 )
 
 
@@ -43,10 +49,7 @@ def test_a_measurement_is_of_all_blocks():
 
 def block_of(**rounds: list[list[float]]) -> Block:
     """A block in whose rounds the backends' calls take the times given."""
-    laps = {
-        name: Lap(times_us=tuple(itertools.chain(*times)), calls=tuple(map(len, times)), host_us=())
-        for name, times in rounds.items()
-    }
+    laps = {name: lap(tuple(itertools.chain(*times)), tuple(map(len, times))) for name, times in rounds.items()}
     return Block(laps=laps, seen=(CALM,), spent_s=1.0)
 
 
@@ -96,11 +99,13 @@ def test_a_measurement_has_the_blocks_times():
 @pytest.mark.parametrize(
     ("laps", "words"),
     [
-        ({"a": Lap(times_us=(1.0, 2.0), calls=(1,), host_us=())}, "its times"),
+        ({"a": lap((1.0, 2.0), (1,))}, "its times"),
+        ({"a": lap((1.0, 2.0), (2,), calls_a_sample=(2,))}, "its times"),
+        ({"a": lap((1.0, 2.0), (1, 1), calls_a_sample=(1,))}, "of every round"),
         (
             {
-                "a": Lap(times_us=(1.0, 2.0), calls=(2,), host_us=()),
-                "b": Lap(times_us=(1.0, 2.0), calls=(1, 1), host_us=()),
+                "a": lap((1.0, 2.0), (2,)),
+                "b": lap((1.0, 2.0), (1, 1)),
             },
             "same rounds",
         ),
@@ -118,7 +123,28 @@ def test_what_cannot_be_read_stays_open():
     assert (found.conditions.load, found.conditions.steal, found.conditions.temperature_c) == (None, None, None)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+TOGETHER = Block(
+    laps={
+        "a": lap((1.0, 2.0, 9.0), (5, 3), timing_method="cuda_graph", calls_a_sample=(3, 3)),
+        "b": lap((4.0,) * 8, (5, 3), timing_method="device_events", fallback="why"),
+    },
+    seen=(CALM, CALM),
+    spent_s=1.0,
+)
+"""Of a, five calls in two samples and three in one; of b every call alone."""
+
+
+def test_calls_that_were_timed_together_are_one_sample():
+    assert [item.samples for item in TOGETHER.rounds("a")] == [[3, 2], [3]]
+    assert TOGETHER.time_us("a") == pytest.approx((1.5 * 9.0) ** 0.5)
+    found = measurement([TOGETHER], "a", How("cuda", "mean", "hot"))
+    assert (found.timing_method, found.fallback, len(found.samples)) == ("cuda_graph", "", 3)
+    assert found.time_us == pytest.approx((3 * 1.0 + 2 * 2.0 + 3 * 9.0) / 8)
+    other = measurement([TOGETHER], "b", HOW)
+    assert (other.timing_method, other.fallback) == ("device_events", "why")
+
+
+@pytest.mark.parametrize("block", [*BLOCKS, TOGETHER])
 def test_a_block_survives_json(block):
     assert Block.from_json(json.loads(json.dumps(block.to_json()))) == block
 

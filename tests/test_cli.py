@@ -15,7 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import ASCEND_CSV, BUILT_IN, PLUGIN_HEAD, QUICK, SCRIPT, TINY, Answer, PluginFolder, attnbench, python
+from helpers import (
+    ASCEND_CSV,
+    BUILT_IN,
+    OFF_CPU,
+    PLUGIN_HEAD,
+    QUICK,
+    SCRIPT,
+    TINY,
+    Answer,
+    PluginFolder,
+    attnbench,
+    python,
+)
 
 from attnbench import discovery, store
 from attnbench.errors import ExitCode
@@ -246,7 +258,7 @@ def test_without_names_all_that_are_available_run_and_skip_removes(cli: Cli) -> 
     def kernels(*words: str) -> list[str]:
         return [line.split()[1] for line in cli("run", *TINY, "--dry-run", *words).out.splitlines()[2:]]
 
-    on_cpu = [name for name in BUILT_IN if name != "npu_fused_attention"]
+    on_cpu = [name for name in BUILT_IN if name not in OFF_CPU]
     assert kernels() == on_cpu
     assert kernels("--skip", "jit,sdpa") == [name for name in on_cpu if name not in ("jit_flash", "sdpa")]
     others = [word for name in on_cpu if name != "gemm_ref" for word in ("--no-plugin", name)]

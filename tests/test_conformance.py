@@ -25,12 +25,17 @@ from attnbench.registry import BackendInfo, EntryPointRef
 from attnbench.testing import BackendConformance
 from attnbench.testing.check import Outcome, check, table
 from attnbench.testing.conform import _run, every_test
+from attnbench_plugins.flex_attention import FlexAttention
 from attnbench_plugins.gemm_ref import GemmRef
 from attnbench_plugins.jit_flash.cpu import JitFlashCpu
 from attnbench_plugins.npu_fused_attention import NpuFusedAttention
 from attnbench_plugins.onnxruntime import OnnxRuntime
 from attnbench_plugins.openvino import OpenVino
 from attnbench_plugins.sdpa import Sdpa
+from attnbench_plugins.sdpa_cudnn import SdpaCudnn
+from attnbench_plugins.sdpa_efficient import SdpaEfficient
+from attnbench_plugins.sdpa_flash import SdpaFlash
+from attnbench_plugins.sdpa_math import SdpaMath
 from attnbench_plugins.sdpa_upcast import SdpaUpcast
 
 
@@ -371,7 +376,13 @@ def test_every_built_in_backend_of_a_cpu_is_under_the_kit_here() -> None:
     assert {b.name for b in ours if b.device == "cpu"} == {b.name for b in classes}
 
 
-@pytest.mark.parametrize("backend", [GemmRef("cuda"), GemmRef("npu"), Sdpa("cuda"), NpuFusedAttention()], ids=str)
+OF_OTHER_DEVICES = (
+    *(GemmRef("cuda"), GemmRef("npu"), Sdpa("cuda"), NpuFusedAttention()),
+    *(SdpaFlash(), SdpaCudnn(), SdpaEfficient(), SdpaMath(), FlexAttention()),
+)
+
+
+@pytest.mark.parametrize("backend", OF_OTHER_DEVICES, ids=str)
 def test_a_built_in_of_another_device_is_a_backend_and_skips_with_its_reason(backend: Backend) -> None:
     """Where the device is there, so are its tests: `attnbench plugins check` runs them."""
     reason = backend.unavailable()

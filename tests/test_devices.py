@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attnbench import devices
-from attnbench.devices import DeviceInfo, Reading, cpu, cuda, events, npu
+from attnbench.devices import DeviceInfo, Reading, Timing, cpu, cuda, events, npu
 from attnbench.devices.cpu import DEFAULT_CACHE_BYTES, CpuDevice, cpu_name, last_level_cache_bytes
 from attnbench.devices.cuda import CudaDevice
 from attnbench.devices.events import EventTimer
@@ -35,7 +35,7 @@ def test_cpu_times_are_one_a_call_in_microseconds(cold):
         time.sleep(0.002)
         return OUT
 
-    times = CpuDevice().time_calls(call, 4, cold=cold)
+    times = CpuDevice().time_calls(call, 4, cold=cold).times_us
     assert len(times) == len(calls) == 4
     assert all(2000 <= value < 2_000_000 for value in times)
 
@@ -48,7 +48,7 @@ def test_host_us_on_a_cpu_is_the_time_of_the_call():
 
 def test_a_cpu_call_takes_more_than_no_time(monkeypatch):
     monkeypatch.setattr(cpu, "_CLOCK", lambda: 7)
-    assert CpuDevice().time_calls(lambda: OUT, 2, cold=False) == [1e-3, 1e-3]
+    assert CpuDevice().time_calls(lambda: OUT, 2, cold=False) == Timing(times_us=[1e-3, 1e-3], method="host_clock")
 
 
 def test_a_cold_call_comes_after_an_untimed_flush_and_a_hot_one_does_not(monkeypatch):
@@ -65,7 +65,7 @@ def test_a_cold_call_comes_after_an_untimed_flush_and_a_hot_one_does_not(monkeyp
 
     monkeypatch.setattr(cpu, "_CLOCK", clock)
     call = lambda: journal.append("call")  # noqa: E731
-    assert Watched().time_calls(call, 2, cold=True) == [1.0, 1.0]
+    assert Watched().time_calls(call, 2, cold=True).times_us == [1.0, 1.0]
     assert journal == ["flush", "clock", "call", "clock"] * 2
     journal.clear()
     Watched().time_calls(call, 2, cold=False)
@@ -253,14 +253,14 @@ class Timer(EventTimer):
 def test_all_events_are_recorded_before_anything_synchronises_and_milliseconds_become_microseconds():
     api = Api()
     costs = iter([1.5, 0.25, 2.0])
-    times = Timer(api).time_calls(lambda: api.launch(next(costs)), 3, cold=False)
-    assert times == [1500.0, 250.0, 2000.0]
+    timing = Timer(api).time_calls(lambda: api.launch(next(costs)), 3, cold=False)
+    assert timing == Timing(times_us=[1500.0, 250.0, 2000.0], method="device_events", calls_a_change=8)
     assert api.journal == ["record", "call", "record"] * 3 + ["synchronize"] + ["read"] * 3
 
 
 def test_a_cold_call_is_flushed_outside_its_events():
     api = Api()
-    assert Timer(api).time_calls(lambda: api.launch(1.0), 2, cold=True) == [1000.0, 1000.0]
+    assert Timer(api).time_calls(lambda: api.launch(1.0), 2, cold=True).times_us == [1000.0, 1000.0]
     assert api.journal[:8] == ["flush", "record", "call", "record"] * 2
 
 
@@ -461,7 +461,7 @@ def test_without_torch_npu_the_reason_says_what_to_install(sdk):
 def test_a_device_can_be_had_by_name_there_or_not(kind):
     found = devices.choose(kind)
     assert found.kind == kind
-    assert found.timing_method == ("host_clock" if kind == "cpu" else "device_events")
+    assert found.timing_method == {"cpu": "host_clock", "cuda": "cuda_graph", "npu": "device_events"}[kind]
 
 
 def test_an_unknown_device_is_refused():

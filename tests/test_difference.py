@@ -61,6 +61,14 @@ def test_without_a_baseline_times_are_compared_and_nothing_is_called_faster() ->
     ]
 
 
+@pytest.mark.parametrize("baseline", ["sdpa", None])
+def test_what_two_methods_took_is_no_change(baseline: str | None) -> None:
+    timing = {"timing_method": "cuda_graph"}
+    before = tables(of("sdpa", 30.0, 30.0), of("mine", 30.0, 30.0), baseline=baseline)
+    now = tables(passed("sdpa", (9.0,), (9.0,), timing=timing), passed("mine", (3.0,), (3.0,), timing=timing))
+    assert {line[6] for line in cells(difference(before, now))} == {"—"}
+
+
 @pytest.mark.parametrize(
     ("before", "now", "word"),
     [

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from attnbench import processes, spot
+from attnbench import isolation, processes, spot
 from attnbench.isolation import IsolatedWorker
 from attnbench.patches import Patch
 from attnbench.problem import Problem
@@ -79,15 +79,20 @@ def claim_nothing():
     say(b'\\0\\0\\0\\17{"value": "no"}')
 
 
-def lie(times_us, elapsed_s, wait_s):
+def lie(times_us, elapsed_s, wait_s, **more):
     time.sleep(wait_s)
-    body = json.dumps({"value": {"times_us": times_us, "elapsed_s": elapsed_s}}).encode()
+    timing = {"times_us": times_us, "method": "host_clock", "calls_a_sample": 1, "calls_a_change": 1, "fallback": ""}
+    body = json.dumps({"value": {"timing": {**timing, **more}, "elapsed_s": elapsed_s}}).encode()
     say(len(body).to_bytes(4, "big") + body)
 
 
 FAULTS = {
     "clock_lies": lambda: lie([1000.0], 0.001, 1.0),
     "times_lie": lambda: lie([1.0], 1.0, 1.0),
+    "claims_no_change": lambda: lie([1.0], 1.0, 0.0, calls_a_change=8),
+    "claims_a_mean": lambda: lie([1.0], 1.0, 0.0, calls_a_sample=2, calls_a_change=2),
+    "claims_a_method": lambda: lie([1.0], 1.0, 0.0, method="guessed"),
+    "claims_more": lambda: lie([1.0, 1.0], 1.0, 0.0),
     "hoards": lambda: torch.empty(64 << 30, dtype=torch.uint8),
     "segv": lambda: ctypes.string_at(0),
     "sigkill": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -233,8 +238,8 @@ def test_a_right_backend_is_right_through_shared_memory_and_reads_renewed_inputs
         assert Reference.of(PROBLEM, inputs, seed).judge(made.output()).passed
         assert all(now.equal(put) for now, put in zip(made.inputs(), (inputs.q, inputs.k, inputs.v)))
     timed = made.time_calls(7, cold=False, seed=3, look_at=[2, 6])
-    assert len(timed.times_us) == 7
-    assert 0 < sum(timed.times_us) / 1e6 <= timed.elapsed_s < 60
+    assert len(timed.timing.times_us) == 7
+    assert 0 < timed.timing.total_us(7) / 1e6 <= timed.elapsed_s < 60
     for call, output in zip((2, 6), timed.outputs):
         assert spot.fault(PROBLEM, make_inputs(PROBLEM, 1), output, 1e-5, 0, Patch.of(PROBLEM, 3, call)) == ""
     assert spot.fault(PROBLEM, make_inputs(PROBLEM, 1), timed.outputs[0], 1e-5, 0, Patch.of(PROBLEM, 3, 6)) != ""
@@ -329,13 +334,42 @@ def test_what_a_backend_prints_does_not_reach_stdout(worker, capfd):
     assert "from the system" in err
 
 
-def test_an_answer_of_another_kind_than_asked_for_is_none(worker):
-    made = worker("claim_nothing")
+@pytest.mark.parametrize(
+    "name", ["claim_nothing", "claims_no_change", "claims_a_mean", "claims_a_method", "claims_more"]
+)
+def test_an_answer_of_another_kind_than_asked_for_is_none(worker, name):
+    made = worker(name)
     made.prepare(PROBLEM, INPUTS)
     with pytest.raises(CaseFailed) as caught:
         made.time_calls(1, **HOT)
     assert caught.value.status is Status.CRASHED
     assert "it is not what was asked for" in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "fits"),
+    [
+        ("cuda", {}, True),
+        ("cuda", {"calls_a_sample": 1, "calls_a_change": 8, "times_us": [1.0] * 10, "method": "device_events"}, True),
+        ("cuda", {"calls_a_sample": 5}, False),  # of calls on different inputs, or too few times
+        ("cuda", {"calls_a_change": 6}, False),
+        ("cuda", {"calls_a_change": 24}, False),
+        ("cuda", {"calls_a_sample": 0}, False),
+        ("cuda", {"calls_a_sample": True}, False),
+        ("cuda", {"times_us": [1.0, 1.0]}, False),
+        ("cuda", {"times_us": [1.0, 1.0, 0.0]}, False),
+        ("cuda", {"method": ["cuda_graph"]}, False),
+        ("cuda", {"fallback": None}, False),
+        ("cpu", {}, False),
+        ("cpu", {"calls_a_sample": 1, "calls_a_change": 1, "times_us": [1.0] * 10, "method": "host_clock"}, True),
+        ("cpu", {"calls_a_sample": 1, "calls_a_change": 1, "times_us": [1.0] * 10}, False),
+        ("npu", {}, False),
+    ],
+)
+def test_a_timing_has_a_form_that_its_device_may_give(device, changes, fits):
+    timing = {"times_us": [1.0] * 3, "method": "cuda_graph", "calls_a_sample": 4, "calls_a_change": 4, "fallback": ""}
+    assert isolation._is_timing(timing | changes, 10, device) is fits
+    assert not isolation._is_timing(timing | changes | {"more": 1}, 10, device)
 
 
 def test_a_changed_clock_is_tampered(worker):
@@ -451,7 +485,7 @@ def test_a_paused_worker_is_stopped_and_the_next_question_wakes_it(worker):
     for _ in range(5):
         made.pause()
         assert state(pid) == "T"
-        assert len(made.time_calls(1, **HOT).times_us) == 1
+        assert len(made.time_calls(1, **HOT).timing.times_us) == 1
         assert state(pid) != "T"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attnbench import jit
-from attnbench.devices import DeviceInfo, peaks
+from attnbench.devices import DeviceInfo, Timing, peaks
 from attnbench.devices.cpu import CpuDevice, total_cache_bytes
 from attnbench.devices.known import known_device
 from attnbench.devices.peaks import Peaks, with_peaks, working_sets
@@ -141,17 +141,22 @@ class Clockwork:
     def __init__(self, speed):
         self.speed = speed
         self.sizes = []
+        self.forgotten = []
 
     def time_calls(self, call, count, *, cold):
         n = call.args[0].shape[0]
         self.sizes.append(n)
-        return [n**3 / self.speed * (1 + i) for i in reversed(range(count))]
+        times = [n**3 / self.speed * (1 + i) for i in reversed(range(count))]
+        return Timing(times_us=times, method="host_clock")
+
+    def forget(self, call):
+        self.forgotten.append(call.args[0].shape[0])
 
 
 def test_a_matrix_product_is_the_best_call_of_the_largest_size_that_takes_no_time():
     quick, slow = Clockwork(1e6), Clockwork(1000.0)
     assert peaks._matrix_product(quick, torch.float32) == pytest.approx(2.0)  # 2n³ FLOPs in n³ / 1e6 µs: 2 TFLOP/s
-    assert quick.sizes == [256, 512, 1024]
+    assert quick.sizes == quick.forgotten == [256, 512, 1024], "what was kept of a call holds its matrices"
     assert peaks._matrix_product(slow, torch.float32) == pytest.approx(0.002)
     assert slow.sizes == [256]  # 17 ms; the next would take 134 ms
 

@@ -10,6 +10,7 @@ import pytest
 
 from attnbench import protocol as timing
 from attnbench.blocks import Block, Lap, Seen
+from attnbench.devices import Timing
 from attnbench.errors import AttnbenchError
 from attnbench.protocol import (
     FIXED_ROUNDS,
@@ -22,6 +23,7 @@ from attnbench.protocol import (
     make_protocol,
     take_block,
 )
+from attnbench.result import sample_sizes
 
 
 class Broken(Exception):
@@ -30,6 +32,8 @@ class Broken(Exception):
 
 class Lane:
     """A lane whose calls take the times it is told, and which writes down what it is asked."""
+
+    calls_a_sample, fallback = 1, ""
 
     def __init__(self, name="a", times=(100.0,), journal=None, fail_at=None):
         self.name = name
@@ -54,7 +58,9 @@ class Lane:
     def time_calls(self, count, *, cold):
         self.journal.append((self.name, count, cold))
         self.ask()
-        return [next(self.times) for _ in range(count)]
+        samples = len(sample_sizes(count, self.calls_a_sample))
+        times = [next(self.times) for _ in range(samples)]
+        return Timing(times_us=times, method="cuda_graph", calls_a_sample=self.calls_a_sample, fallback=self.fallback)
 
     def pause(self):
         self.paused = True
@@ -100,13 +106,17 @@ def rounds_of(journal):
     return [entry for entry in rounds if entry[1] != "warm"]
 
 
+def lap(time_us):
+    return Lap(times_us=(time_us,), calls=(1,), host_us=(1.0,), timing_method="host_clock")
+
+
 def blocks(**medians):
     """Blocks in which each backend's calls take the times given, one a block; each block took a second."""
     counts = {len(times) for times in medians.values()}
     assert len(counts) == 1
     return [
         Block(
-            laps={name: Lap(times_us=(times[i],), calls=(1,), host_us=(1.0,)) for name, times in medians.items()},
+            laps={name: lap(times[i]) for name, times in medians.items()},
             seen=(Seen(),),
             spent_s=1.0,
         )
@@ -129,6 +139,17 @@ def test_fixed_times_exactly_its_iterations_in_five_blocks_each_after_its_warm_u
         assert found.laps["a"].host_us == (7.0, 1.0, 2.0, 3.0, 100.0)
         assert len(found.seen) == FIXED_ROUNDS == 3
         assert found.laps["a"].calls == (14, 13, 13)
+
+
+def test_of_calls_that_are_timed_together_fixed_still_counts_every_one():
+    lane = Lane(times=(10.0, 20.0, 60.0))
+    lane.calls_a_sample, lane.fallback = 5, "why"
+    lap = go([lane], Protocol(name="fixed", warmup=50, iters=200)).laps["a"]
+    assert [entry[1] for entry in rounds_of(lane.journal)] == [14, 13, 13]
+    assert (lap.calls, lap.calls_a_sample) == ((14, 13, 13), (5, 5, 5))
+    assert [item.samples for item in lap.rounds] == [[5, 5, 4], [5, 5, 3], [5, 5, 3]]
+    assert len(lap.times_us) == 9, "a mean of five calls is one sample"
+    assert (lap.timing_method, lap.fallback) == ("cuda_graph", "why")
 
 
 def test_the_defaults_are_50_warm_ups_and_200_iterations():

@@ -291,6 +291,58 @@ def test_one_table_never_mixes_ways_of_timing(timing: dict[str, str]) -> None:
     assert Tables(record(at(1, "a", 1.0), failed("b", seqlen_q=1))).captions[0].startswith(f"Times: {words}.")
 
 
+GRAPH = {"timing_method": "cuda_graph"}
+
+
+def mixed(baseline: str | None = None) -> Tables:
+    """Of three backends `b` is timed by events, since its call cannot be captured."""
+    results = [
+        *(at(sq, "a", 6.0, 6.0, timing=GRAPH) for sq in (1, 2)),
+        *(at(sq, "b", 3.0, 3.0, timing={"fallback": "it waits for the device"}) for sq in (1, 2)),
+        *(at(sq, "c", 12.0, 12.0, timing=GRAPH) for sq in (1, 2)),
+    ]
+    return Tables(record(*results), baseline)
+
+
+def test_times_of_graphs_and_of_events_stand_in_one_run_and_no_ratio_is_made_of_them() -> None:
+    tables = mixed("a")
+    assert {c.contender: [cells[2:5] for cells in c.cells] for c in tables.comparisons} == {
+        "b": [["—", "3.000", "—"]] * 2,
+        "c": [["6.000", "12.000", "0.50×"]] * 2,
+    }
+    assert tables.comparisons[0].summary == "b: nothing to compare with"
+    at_ = {name: DETAIL_COLUMNS.index(name) for name in ("kernel", "timed by", "vs baseline", "verdict", "reason")}
+    details = {row[at_["kernel"]]: [row[index] for index in at_.values()] for row in tables.detail_rows}
+    assert details == {
+        "a": ["a", "cuda_graph", "—", "—", ""],
+        "b": ["b", "device_events", "—", "—", "no speedup: a was timed by cuda_graph"],
+        "c": ["c", "cuda_graph", "0.50×", "slower", ""],
+    }
+    assert tables.captions[0].startswith("Times: median, cuda_graph or device_events as the details say, hot cache.")
+    assert any("it waits for the device" in line for line in tables.warnings)
+
+
+def test_the_best_of_the_others_is_one_that_was_timed_as_the_contender() -> None:
+    shown = {c.contender: [cells[2:5] for cells in c.cells] for c in mixed("best").comparisons}
+    assert shown == {
+        "a": [["12.000", "6.000", "2.00×"]] * 2,
+        "b": [["—", "3.000", "—"]] * 2,
+        "c": [["6.000", "12.000", "0.50×"]] * 2,
+    }
+
+
+def test_a_run_of_one_method_does_not_say_so_in_every_row() -> None:
+    tables = Tables(record(at(1, "a", 1.0, timing=GRAPH), at(1, "b", 1.0, timing=GRAPH)))
+    assert {row[DETAIL_COLUMNS.index("timed by")] for row in tables.detail_rows} == {"—"}
+    assert tables.captions[0].startswith("Times: median, cuda_graph, hot cache.")
+
+
+@pytest.mark.parametrize("timing", [{"statistic": "mean"}, {"cache": "cold"}], ids=lambda t: next(iter(t)))
+def test_what_two_methods_may_not_hide(timing: dict[str, str]) -> None:
+    with pytest.raises(AttnbenchError, match="mixes times taken in different ways"):
+        Tables(record(at(1, "a", 1.0, timing=GRAPH), at(1, "b", 1.0, timing=timing)))
+
+
 # --- intervals and verdicts -------------------------------------------------------------------------------------------
 
 T_975_3 = 3.182446305284263

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from attnbench import stats
 from attnbench.problem import Problem
-from attnbench.result import HARMLESS, Check, Measurement, Result, Round, Status, speedup
+from attnbench.result import HARMLESS, Check, Measurement, Result, Round, Status, sample_sizes, speedup
 
 PROBLEM = Problem(seqlen_q=2, seqlen_k=3, dtype="fp32", causal=True, window=2, heads_q=4, heads_kv=2)
 GOOD = Check(max_abs_err=1e-4, err_budget=1e-3, classic_ok=True, inputs="normal", rows_checked=2, rows_total=2)
@@ -179,6 +179,33 @@ def test_one_block_gives_no_interval():
     assert dataclasses.replace(TIMES, blocks=((1.0, 2.0, 3.0),)).ci95_us is None
 
 
+def test_a_mean_is_of_all_calls_however_many_a_sample_has():
+    rounds = ((Round(5, calls_a_sample=2), Round(1)), (Round(4, calls_a_sample=4),))
+    made = dataclasses.replace(TIMES, blocks=((1.0, 2.0, 9.0, 4.0), (7.0,)), rounds=rounds)
+    assert made.mean_us == pytest.approx((2 * 1.0 + 2 * 2.0 + 9.0 + 4.0 + 4 * 7.0) / 10)
+    assert made.block_times_us == pytest.approx(((2 * 1.0 + 2 * 2.0 + 9.0 + 4.0) / 6, 7.0))
+    assert len(made.samples) == 5
+
+
+def test_a_block_has_as_many_times_as_its_rounds_have_samples():
+    for calls, fits in ((3, True), (4, True), (5, False), (2, False)):
+        rounds = ((Round(calls, calls_a_sample=2),),)
+        if fits:
+            dataclasses.replace(TIMES, blocks=((1.0, 2.0),), rounds=rounds)
+        else:
+            with pytest.raises(ValueError, match="samples of a block's rounds"):
+                dataclasses.replace(TIMES, blocks=((1.0, 2.0),), rounds=rounds)
+    with pytest.raises(ValueError, match="whole number of calls"):
+        Round(1, calls_a_sample=0)
+
+
+@pytest.mark.parametrize(
+    ("calls", "together", "sizes"), [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (2, 20, [2]), (3, 1, [1] * 3)]
+)
+def test_the_last_sample_is_of_what_is_left(calls, together, sizes):
+    assert sample_sizes(calls, together) == Round(calls, calls_a_sample=together).samples == sizes
+
+
 def test_speedup_is_baseline_over_contender_over_paired_blocks():
     slow = dataclasses.replace(TIMES, blocks=((10.0,), (20.0,), (40.0,)))
     fast = dataclasses.replace(TIMES, blocks=((5.0,), (10.0,), (20.0,)))
@@ -249,6 +276,7 @@ def test_a_results_key_is_its_case_and_backend():
         result(),
         result(measurement=TIMES, used_cores=3),
         result(measurement=dataclasses.replace(TIMES, statistic="median", cache="cold", clock_mhz=2400.5)),
+        result(measurement=dataclasses.replace(TIMES, rounds=((Round(4, 0.5, 2),), (Round(2),)), fallback="why")),
         result(status=Status.INCORRECT, reason="off", check=BAD),
         result(status=Status.INCORRECT, reason="shape", check=SHAPELESS),
         *(result(status=s, reason="why → µs", check=None) for s in Status if s is not Status.PASSED),

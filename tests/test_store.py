@@ -475,9 +475,13 @@ def test_rows_stand_in_the_plans_order_however_the_cases_ended(tmp_path: Path) -
 
 # Blocks of a run that is not finished
 
-HOW = How("npu", "device_events", "median", "hot")
+HOW = How("npu", "median", "hot")
 CHECK = passed().check
 assert CHECK is not None
+
+
+def lap(time_us: float) -> Lap:
+    return Lap(times_us=(time_us,), calls=(1,), host_us=(5.0,), timing_method="device_events")
 
 
 def progress(index: int, blocks: int, *backends: str) -> Progress:
@@ -488,7 +492,7 @@ def progress(index: int, blocks: int, *backends: str) -> Progress:
         verdicts={name: Verdict(check=CHECK, used_cores=3) for name in backends},
         blocks=[
             Block(
-                laps={name: Lap(times_us=(10.0 * (n + 1),), calls=(1,), host_us=(5.0,)) for name in backends},
+                laps=dict.fromkeys(backends, lap(10.0 * (n + 1))),
                 seen=(Seen(),),
                 spent_s=1.0,
             )

@@ -143,7 +143,26 @@ def test_a_device_that_waits_for_the_host_is_told_of() -> None:
         "not be kept full and times hold launch gaps: time larger problems"
     )
     assert told(passed("a", *STEADY, timing={"host_us": 20.0})) == []
-    assert told(passed("a", *STEADY, timing={"host_us": 25.0, "timing_method": "host_clock"})) == []
+    for method in ("host_clock", "cuda_graph"):  # whose times hold no launch gap
+        assert told(passed("a", *STEADY, timing={"host_us": 25.0, "timing_method": method})) == []
+
+
+def test_what_no_graph_could_hold_is_told_of_with_the_reason() -> None:
+    fallen = [passed("a", *STEADY, timing={"fallback": "it waits"}, problem={"seqlen_q": sq}) for sq in (128, 129)]
+    line = (
+        "timed otherwise: a on 2 problems by events around eager calls (it waits): these times may hold launch gaps, "
+        "and no speedup is made of them and those of a graph"
+    )
+    assert told(*fallen) == [line]
+    assert told(*fallen, passed("b", *STEADY, timing={"timing_method": "cuda_graph"})) == [line]
+
+
+def test_a_csv_of_both_methods_tells_of_it_without_a_reason() -> None:
+    results = passed("a", *STEADY), passed("b", *STEADY, timing={"timing_method": "cuda_graph"})
+    rows = tuple(row(result, DEVICE) for result in results)
+    (line,) = map(str, warnings.of(Record(Path("r"), rows, DEVICE)))
+    assert line.startswith("timed otherwise: a on 1 problem by events around eager calls: these times may")
+    assert not list(warnings.of(Record(Path("r"), rows[:1], DEVICE)))
 
 
 def test_one_block_has_no_interval_and_says_so() -> None:

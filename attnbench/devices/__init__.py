@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnbench.errors import AttnbenchError
 from attnbench.problem import DEVICE_KINDS, DeviceKind
+from attnbench.result import TimingMethod, sample_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,19 +71,40 @@ class Exercise(Protocol):
         """Change the inputs before call `index`."""
         ...
 
-    def after(self, index: int, output: Tensor) -> None:
-        """Look at what call `index` returned, at once."""
+    def after(self, index: int, output: Tensor, calls: int = 1) -> None:
+        """Look at what call `index` returned, at once; with `calls`, what so many from it on returned, all the same."""
         ...
+
+
+MOST_CALLS_A_CHANGE = 20
+"""No device times more calls than these on the same inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long some calls took."""
+
+    times_us: list[float]
+    """In µs a call, a sample each: of one call, or the mean of several that were launched at once."""
+    method: TimingMethod
+    calls_a_sample: int = 1
+    """The last sample is of what is left of the calls."""
+    calls_a_change: int = 1
+    """How many calls in a row had the same inputs: those of call `n` changed before call `n - n % calls_a_change`."""
+    fallback: str = ""
+    """Why the method is not the device's `timing_method`; empty where it is."""
+
+    def total_us(self, calls: int) -> float:
+        """What so many calls, those that were timed, took together."""
+        return sum(map(operator.mul, self.times_us, sample_sizes(calls, self.calls_a_sample)))
 
 
 class Device(Protocol):
     """How one kind of device is synchronised, timed, flushed and read."""
 
     kind: DeviceKind
-    timing_method: str
-    """Names in every row how `time_calls` takes its times."""
-    calls_a_change: int
-    """How many calls in a row `time_calls` times on the same inputs."""
+    timing_method: TimingMethod
+    """How `time_calls` takes its times where the call lets it; every row names the method that it had."""
 
     def unavailable(self) -> str | None:
         """Why this machine has no such device, with the step that would help; None where it has."""
@@ -101,11 +124,16 @@ class Device(Protocol):
 
     def time_calls(
         self, call: Callable[[], Tensor], count: int, *, cold: bool, exercise: Exercise | None = None
-    ) -> list[float]:
-        """Time `count` calls, one time in µs each; `cold` flushes the cache, untimed, before each.
+    ) -> Timing:
+        """Time `count` calls; `cold` flushes the cache, untimed, before each.
 
-        `exercise.before` is told of the first of every `calls_a_change` calls, `exercise.after` of each.
+        `exercise.before` is told of the first of every `calls_a_change` calls, `exercise.after` of every sample. What
+        it takes to time a call at all is done in the first of these, and kept until `forget`.
         """
+        ...
+
+    def forget(self, call: Callable[[], Tensor]) -> None:
+        """Let go of what was kept for a call that was timed; it may never have been."""
         ...
 
     def timing_functions(self) -> Iterable[tuple[object, str]]:

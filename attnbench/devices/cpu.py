@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attnbench.devices import DeviceInfo, Exercise, Reading
+from attnbench.devices import DeviceInfo, Exercise, Reading, Timing
 from attnbench.problem import DeviceKind
+from attnbench.result import HOST_CLOCK, TimingMethod
 
 CPUS = Path("/sys/devices/system/cpu")
 THERMAL = Path("/sys/class/thermal")
@@ -30,8 +31,7 @@ class CpuDevice:
     """The host itself. A call is over when it returns, so its host time is its time."""
 
     kind: DeviceKind = "cpu"
-    timing_method = "host_clock"
-    calls_a_change = 1
+    timing_method: TimingMethod = HOST_CLOCK
 
     def unavailable(self) -> str | None:
         return None
@@ -59,7 +59,7 @@ class CpuDevice:
 
     def time_calls(
         self, call: Callable[[], Tensor], count: int, *, cold: bool, exercise: Exercise | None = None
-    ) -> list[float]:
+    ) -> Timing:
         clock = _CLOCK
         times = []
         for index in range(count):
@@ -72,13 +72,16 @@ class CpuDevice:
             times.append(clock() - start)
             if exercise is not None:
                 exercise.after(index, output)
-        return [max(nanoseconds, 1) / 1e3 for nanoseconds in times]
+        return Timing(times_us=[max(nanoseconds, 1) / 1e3 for nanoseconds in times], method=self.timing_method)
+
+    def forget(self, call: Callable[[], Tensor]) -> None:
+        """Nothing is kept of a call."""
 
     def timing_functions(self) -> Iterable[tuple[object, str]]:
         return ()
 
     def host_us(self, call: Callable[[], Tensor], count: int) -> list[float]:
-        return self.time_calls(call, count, cold=False)
+        return self.time_calls(call, count, cold=False).times_us
 
     def reading(self) -> Reading:
         return Reading(clock_mhz=_clock_mhz(), temperature_c=_temperature_c())

@@ -1,4 +1,4 @@
-"""Owns what is NVIDIA's: whether a GPU is there, its name and cores, what NVML tells of it. Timing is in events.py."""
+"""Owns what is NVIDIA's: whether a GPU is there, its name and cores, what NVML tells of it. Timing is in graphs.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from attnbench import settings
 from attnbench.devices import DeviceInfo, Reading
-from attnbench.devices.events import EventTimer
+from attnbench.devices.driver import Driver
+from attnbench.devices.graphs import GraphTimer
 from attnbench.devices.known import known_device
 from attnbench.problem import DeviceKind
+from attnbench.result import DEVICE_EVENTS
 
 THROTTLE_REASONS = {
     0x4: "power cap",
@@ -27,13 +30,16 @@ THROTTLE_REASONS = {
 """NVML's clock event bits in words. Not there: 0x1, an idle GPU, and 0x2, clocks that somebody has set."""
 
 
-class CudaDevice(EventTimer):
-    """The current CUDA device, timed by events."""
+class CudaDevice(GraphTimer):
+    """The current CUDA device, timed by graphs, or by events of eager calls where the settings ask for that."""
 
     kind: DeviceKind = "cuda"
 
     def __init__(self) -> None:
-        super().__init__(torch.cuda, "cuda")
+        """Raises AttnbenchError where the setting is none."""
+        super().__init__(torch.cuda, "cuda", Driver.load())
+        if settings.cuda_timing() == "events":
+            self.timing_method = DEVICE_EVENTS
 
     def unavailable(self) -> str | None:
         if torch.version.cuda is None:

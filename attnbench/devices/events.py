@@ -9,9 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from attnbench.devices import Exercise
+from attnbench.devices import Exercise, Timing
+from attnbench.result import DEVICE_EVENTS, TimingMethod
 
 _CLOCK = time.perf_counter_ns
+LEAST_US = 1e-3
+"""What a call takes at least: events resolve about half a microsecond, and an empty call may take none of it."""
 
 
 class EventTimer:
@@ -21,8 +24,8 @@ class EventTimer:
     host cannot keep the queue full; then it holds the gaps too, which `host_us` tells.
     """
 
-    timing_method = "device_events"
-    calls_a_change = 8
+    timing_method: TimingMethod = DEVICE_EVENTS
+    CALLS_A_CHANGE = 8
     """A change of the inputs takes the host ten launches, which before every call would leave the queue empty."""
     FLUSH_BYTES = 256 << 20
 
@@ -55,12 +58,12 @@ class EventTimer:
 
     def time_calls(
         self, call: Callable[[], Tensor], count: int, *, cold: bool, exercise: Exercise | None = None
-    ) -> list[float]:
+    ) -> Timing:
         pairs = []
         for index in range(count):
             if cold:  # before the inputs change, or another stream of the backend's could work on them meanwhile
                 self.flush_cache()
-            if exercise is not None and index % self.calls_a_change == 0:
+            if exercise is not None and index % self.CALLS_A_CHANGE == 0:
                 exercise.before(index)
             start, end = self._event(enable_timing=True), self._event(enable_timing=True)
             start.record()
@@ -70,8 +73,11 @@ class EventTimer:
                 exercise.after(index, output)
             pairs.append((start, end))
         self.synchronize()
-        # Events resolve about half a microsecond; an empty call may take none of it.
-        return [max(start.elapsed_time(end) * 1e3, 1e-3) for start, end in pairs]
+        times = [max(start.elapsed_time(end) * 1e3, LEAST_US) for start, end in pairs]
+        return Timing(times_us=times, method=DEVICE_EVENTS, calls_a_change=self.CALLS_A_CHANGE)
+
+    def forget(self, call: Callable[[], Tensor]) -> None:
+        """Nothing is kept of a call."""
 
     def host_us(self, call: Callable[[], Tensor], count: int) -> list[float]:
         times = []

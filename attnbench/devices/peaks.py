@@ -160,7 +160,10 @@ def _matrix_product(device: Device, dtype: torch.dtype) -> float:
                 break
             a, b, out = (torch.ones(n, n, dtype=dtype, device=device.kind) for _ in range(3))
             call = functools.partial(torch.mm, a, b, out=out)
-            best = max(best, 2 * n**3 / min(device.time_calls(call, MM_CALLS, cold=False)) / 1e6)
+            try:
+                best = max(best, 2 * n**3 / min(device.time_calls(call, MM_CALLS, cold=False).times_us) / 1e6)
+            finally:
+                device.forget(call)
     return best
 
 

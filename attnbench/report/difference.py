@@ -68,7 +68,9 @@ def _cases(tables: Tables) -> Mapping[tuple[str, str], _Case]:
 
 
 def _change(before: _Case, now: _Case) -> stats.Ratio | None:
-    """How many times faster it is than before; None where one of the two has no time."""
+    """How many times faster it is than before; None where one of the two has no time, or was timed by other means."""
+    if before.row["timing_method"] != now.row["timing_method"]:
+        return None
     if before.ratio is not None and now.ratio is not None:
         halves = [
             None if None in pair else math.hypot(*pair)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from attnbench import stats
 from attnbench.errors import AttnbenchError
 from attnbench.plan import BEST, DEFAULT_BASELINES
 from attnbench.report import text, warnings
-from attnbench.result import Result, speedup
+from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, Result, speedup
 from attnbench.rows import COLUMNS, FLOAT_COLUMNS, Row, csv_text
 from attnbench.store import Record
 
@@ -27,11 +27,13 @@ FIRST_CONTENDER = "jit_flash"
 FALLBACK_BASELINES = ("npu_fused_attention", "gemm_ref")
 
 DETAIL_COLUMNS = (
-    *("case", "kernel", "status", "µs", "95% interval", "n", "blocks"),
+    *("case", "kernel", "status", "µs", "timed by", "95% interval", "n", "blocks"),
     *("vs baseline", "95% interval of it", "verdict", "detectable"),
     *("GEMM TFLOP/s", "GB/s", "% of peak", "host µs", "max error", "budget", "1e-3", "reason"),
 )
-DETAIL_TEXT_COLUMNS = ("case", "kernel", "status", "verdict", "1e-3", "reason")
+DETAIL_TEXT_COLUMNS = ("case", "kernel", "status", "timed by", "verdict", "1e-3", "reason")
+TIMED_SIDE_BY_SIDE = frozenset({CUDA_GRAPH, DEVICE_EVENTS})
+"""Methods that one run may have: a call that no graph can hold is timed by events. No ratio is made of the two."""
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
@@ -122,11 +124,16 @@ class Tables:
     def _refuse_mixed_methods(self) -> None:
         timed = [row for row in self.record.rows if row["time_us"] is not None]
         methods = sorted({_method(row) for row in timed})
-        if len(methods) > 1:
+        ways = {(row["statistic"], row["cache"]) for row in timed}
+        if len(methods) > 1 and (len(ways) > 1 or not self._methods <= TIMED_SIDE_BY_SIDE):
             raise AttnbenchError(
                 f"{self.record.source} mixes times taken in different ways: {' and '.join(methods)}",
                 "one table holds one way of timing: split the file",
             )
+
+    @functools.cached_property
+    def _methods(self) -> set[str | None]:
+        return {row["timing_method"] for row in self.record.rows if row["time_us"] is not None}
 
     def _choose_baseline(self, asked: str | None) -> str | None:
         """The baseline asked for, or else the run's own, or else the device's; one with a time where there is one."""
@@ -166,10 +173,18 @@ class Tables:
         return tuple(found)
 
     def _baseline_row(self, case: str, contender: str) -> Row | None:
+        """The row that a contender's is compared with; None where there is none that was timed as it was."""
+        own = self._rows[case, contender]
+        base = self._rival(case, contender)
+        return None if base is None or _incomparable(own, base) else base
+
+    def _rival(self, case: str, contender: str) -> Row | None:
+        """The baseline's row, however it was timed; for BEST the fastest, if any of those timed as the contender."""
         if self.baseline == BEST:
             rivals = [self._rows.get((case, kernel)) for kernel in self._kernels if kernel != contender]
             timed = [row for row in rivals if row is not None and row["time_us"] is not None]
-            return min(timed, key=lambda row: float(row["time_us"]), default=None)
+            own = self._rows[case, contender]
+            return min(timed, key=lambda row: (_incomparable(own, row), float(row["time_us"])), default=None)
         if self.baseline is None or self.baseline == contender:
             return None
         return self._rows.get((case, self.baseline))
@@ -191,12 +206,17 @@ class Tables:
         base = self._baseline_row(*key)
         ratio = self._ratio(row, base)
         result = self._results.get(key)
+        rival = self._rival(*key)
+        reason = row["reason"] or ""
+        if rival is not None and _incomparable(row, rival):
+            reason = f"no speedup: {rival['kernel']} was timed by {rival['timing_method']}"
         classic = "" if result is None or result.check is None else ("ok" if result.check.classic_ok else "off")
         return [
             row["case_id"],
             row["kernel"],
             row["status"],
             _number(row["time_us"], 3),
+            (row["timing_method"] or NONE) if len(self._methods) > 1 else NONE,
             _interval(row["ci95_low_us"], row["ci95_high_us"], 3),
             _number(row["n_samples"], 0),
             _number(row["n_blocks"], 0),
@@ -212,7 +232,7 @@ class Tables:
             _error(row["max_abs_err"]),
             _error(row["err_budget"]),
             classic or NONE,
-            row["reason"] or "",
+            reason,
         ]
 
     def render(self, style: str = "github", details: bool = True) -> str:
@@ -246,6 +266,8 @@ class Tables:
     def captions(self) -> list[str]:
         """What the numbers mean and what they do not."""
         timed = next(row for row in self.record.rows if row["time_us"] is not None)
+        if len(self._methods) > 1:
+            timed = timed | {"timing_method": f"{' or '.join(sorted(TIMED_SIDE_BY_SIDE))} as the details say"}
         cores, name = self.record.device.cores, self.record.device.name
         projection = f"{cores} cores of {name}" if cores else f"cores of {name} (not known)"
         return [
@@ -304,6 +326,12 @@ def check_table(results: Sequence[Result], style: str) -> str:
 def json_text(rows: Sequence[Row]) -> str:
     """The rows as a JSON array of objects with results.csv's columns; null where there is no value."""
     return json.dumps(list(rows), indent=2, allow_nan=False)
+
+
+def _incomparable(row: Row, other: Row) -> bool:
+    """Whether both have times that were taken by different methods, so that their ratio means nothing."""
+    timed = row["time_us"] is not None and other["time_us"] is not None
+    return bool(timed and row["timing_method"] != other["timing_method"])
 
 
 def _method(row: Row) -> str:

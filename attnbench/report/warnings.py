@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnbench.report.text import share
-from attnbench.result import Conditions
+from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, Conditions
 from attnbench.rows import Row
 from attnbench.store import Record
 
@@ -104,6 +104,23 @@ class HostBound:
 
 
 @dataclass(frozen=True)
+class TimedOtherwise:
+    """Calls that could not be timed as the device times those that can."""
+
+    kernel: str
+    count: int
+    why: str
+    """Of the first; empty where the record does not tell."""
+
+    def __str__(self) -> str:
+        why = f" ({self.why})" if self.why else ""
+        return (
+            f"timed otherwise: {self.kernel} on {_problems(self.count)} by events around eager calls{why}: these times "
+            "may hold launch gaps, and no speedup is made of them and those of a graph"
+        )
+
+
+@dataclass(frozen=True)
 class OneBlock:
     """A run too short for intervals."""
 
@@ -111,7 +128,7 @@ class OneBlock:
         return "one block gives no interval and no verdict: leave --iters out or give at least 40, and let the run end"
 
 
-Warning = Noisy | LaunchBound | Disturbed | Throttled | HostBound | OneBlock
+Warning = Noisy | LaunchBound | Disturbed | Throttled | HostBound | TimedOtherwise | OneBlock
 
 
 def of(record: Record) -> list[Warning]:
@@ -123,6 +140,7 @@ def of(record: Record) -> list[Warning]:
         *_one_block(timed),
         *_launch_bound(timed),
         *_host_bound(timed),
+        *_timed_otherwise(record, timed),
     ]
 
 
@@ -207,6 +225,17 @@ def _lengths(row: Mapping[str, object]) -> str:
 def _host_bound(rows: Sequence[Row]) -> Iterator[Warning]:
     counts: dict[str, int] = {}
     for row in rows:
-        if row["timing_method"] not in (None, "host_clock") and (row["host_us"] or 0) > row["time_us"]:
+        if row["timing_method"] == DEVICE_EVENTS and (row["host_us"] or 0) > row["time_us"]:
             counts[row["kernel"]] = counts.get(row["kernel"], 0) + 1
     yield from (HostBound(kernel, count) for kernel, count in counts.items())
+
+
+def _timed_otherwise(record: Record, rows: Sequence[Row]) -> Iterator[Warning]:
+    mixed = any(row["timing_method"] == CUDA_GRAPH for row in rows)
+    reasons = {r.key: r.measurement.fallback for r in record.results if r.measurement is not None}
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        why = reasons.get((row["case_id"], row["kernel"]), "")
+        if why or (mixed and row["timing_method"] == DEVICE_EVENTS):
+            found.setdefault(row["kernel"], []).append(why)
+    yield from (TimedOtherwise(kernel, len(whys), whys[0]) for kernel, whys in found.items())
