@@ -71,8 +71,12 @@ def nvcc() -> list[str]:
     """Where CUDA's compiler may be: ATTNBENCH_NVCC alone if it is set, else PATH, CUDA_HOME, /usr/local/cuda."""
     if named := os.environ.get("ATTNBENCH_NVCC"):
         return [named]
-    homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    return ["nvcc", *(os.path.join(home, "bin", "nvcc") for home in homes)]
+    return ["nvcc", *(os.path.join(home, "bin", "nvcc") for home in cuda_homes())]
+
+
+def cuda_homes() -> list[str]:
+    """Where a CUDA toolkit may be: CUDA_HOME, if it is set, then /usr/local/cuda."""
+    return [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
 
 
 def ascend_home() -> str | None:

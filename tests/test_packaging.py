@@ -59,7 +59,10 @@ def test_every_plugin_module_with_a_hook_is_an_entry_point(pyproject: dict) -> N
 
 
 def test_a_vendors_package_is_an_extra_and_never_a_default(pyproject: dict) -> None:
-    assert pyproject["project"]["optional-dependencies"]["cuda"] == ["nvidia-ml-py"]
+    assert pyproject["project"]["optional-dependencies"]["cuda"] == [
+        "nvidia-cuda-nvrtc>=13; sys_platform == 'linux'",
+        "nvidia-ml-py",
+    ]
     assert not any(need.startswith("nvidia") for need in pyproject["project"]["dependencies"])
     assert any(need.startswith("torch-npu") for need in pyproject["project"]["optional-dependencies"]["npu"])
     assert not any(need.startswith("torch-npu") for need in pyproject["project"]["dependencies"])

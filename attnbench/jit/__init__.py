@@ -19,13 +19,13 @@ from pathlib import Path
 from attnbench.errors import AttnbenchError
 from attnbench.jit import cache
 from attnbench.jit.cache import Cache, Entry
+from attnbench.jit.nvrtc import nvrtc_toolchain
 from attnbench.jit.toolchain import (
     CompileError,
     Toolchain,
     ToolchainMissing,
     cpp_toolchain,
     cpu_features,
-    cubin_toolchain,
     cuda_toolchain,
     missing,
     pto_toolchain,
@@ -43,9 +43,9 @@ __all__ = [
     "compile",
     "cpp_toolchain",
     "cpu_features",
-    "cubin_toolchain",
     "cuda_toolchain",
     "missing",
+    "nvrtc_toolchain",
     "pto_toolchain",
     "version_output",
 ]

@@ -83,7 +83,7 @@ class Toolchain:
             raise CompileError(f"{self.compiler.name} cannot be run: {error}") from error
         log = done.stderr.decode(errors="replace")
         if done.returncode:
-            raise CompileError(_first_error(log, cwd) or f"{self.compiler.name}: {_ending(done.returncode)}", log)
+            raise CompileError(first_error(log, cwd) or f"{self.compiler.name}: {_ending(done.returncode)}", log)
 
 
 def cpp_toolchain() -> Toolchain:
@@ -106,9 +106,10 @@ def cpp_toolchain() -> Toolchain:
     return Toolchain(compiler, version_output(compiler), flags)
 
 
-def cuda_toolchain(arch: str | None = None) -> Toolchain:
+def cuda_toolchain(arch: str | None = None, *, cubin: bool = False) -> Toolchain:
     """nvcc for `arch`, such as sm_80 or sm_90a; left out, the architecture of torch's current CUDA device.
 
+    With `cubin` it makes the device's code alone, which the driver loads, in place of a library for the host.
     The compiler is that of ATTNBENCH_NVCC, else of PATH, CUDA_HOME or /usr/local/cuda. Raises ToolchainMissing where
     there is none, where the host compiler that it needs is not there, or, `arch` left out, where torch sees no GPU.
     """
@@ -123,16 +124,10 @@ def cuda_toolchain(arch: str | None = None) -> Toolchain:
         raise ToolchainMissing(what, "install the CUDA toolkit, or set ATTNBENCH_NVCC or CUDA_HOME")
     host = cpp_toolchain()
     compiler = Path(found).absolute()
-    language = ("-O3", "-std=c++17", "-shared", "-x", "cu", f"-arch={arch}")
+    language = ("-O3", "-std=c++17", "-cubin" if cubin else "-shared", "-x", "cu", f"-arch={arch}")
     flags = (*language, "-ccbin", str(host.compiler), "-Xcompiler", "-fPIC,-Wall,-Wextra")
-    return Toolchain(compiler, version_output(compiler) + host.version_output, flags)
-
-
-def cubin_toolchain(arch: str) -> Toolchain:
-    """nvcc for a device's machine code alone, which the driver loads. Raises ToolchainMissing where there is none."""
-    tools = cuda_toolchain(arch)
-    flags = ("-O3", "-std=c++17", "-cubin", "-x", "cu", f"-arch={arch}", *tools.flags[tools.flags.index("-ccbin"):][:2])
-    return Toolchain(tools.compiler, tools.version_output, flags, suffix=".cubin")
+    version = version_output(compiler) + host.version_output
+    return Toolchain(compiler, version, flags, suffix=".cubin" if cubin else Toolchain.suffix)
 
 
 def _cuda_arch() -> str:
@@ -237,7 +232,7 @@ def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ} | {"LC_ALL": "C"}
 
 
-def _first_error(log: str, cwd: Path) -> str:
+def first_error(log: str, cwd: Path) -> str:
     """The first line of `log` that tells an error, and the line of the source that it names."""
     lines = [line for line in log.splitlines() if line.strip()]
     # collect2 only repeats that the linker failed; the linker has said why before.

@@ -43,6 +43,8 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
 
+#define MINUS_INFINITY __int_as_float(0xFF800000)
+
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = ROWS / 64;
 constexpr int CONSUMER_THREADS = CONSUMERS * WARPGROUP;
@@ -400,7 +402,7 @@ __device__ __forceinline__ u32 swizzled(u32 base, int rows, int row, int chunk) 
 // What one consumer knows of its 64 rows. A thread holds two of them, 8 apart (the layout of wgmma's accumulators):
 // o[4c + 2h + e] is row 16·warp + lane/4 + 8h, column 8c + 2·(lane%4) + e, and the same for scores.
 struct Softmax {
-    float max_score[2] = {-INFINITY, -INFINITY};  // of the scores as they are, not scaled
+    float max_score[2] = {MINUS_INFINITY, MINUS_INFINITY};  // of the scores as they are, not scaled
     float sum[2] = {0, 0};                        // of this thread's columns
 
     // Turns scores into exp2(scale · (score - max)), and gives the factors for what was summed up before.
@@ -412,7 +414,7 @@ struct Softmax {
             for (int c = 0; c < KEYS / 8; ++c) top = fmaxf(top, fmaxf(s[4 * c + 2 * h], s[4 * c + 2 * h + 1]));
             top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
-            const float shift = top == -INFINITY ? 0.0f : top * scale;  // a row that has seen no key stays at 0
+            const float shift = top == MINUS_INFINITY ? 0.0f : top * scale;  // a row that has seen no key stays at 0
             factor[h] = exp2_approx(max_score[h] * scale - shift);
             max_score[h] = top;
             float added = 0;
@@ -448,7 +450,7 @@ __device__ __forceinline__ void mask(const Params& p, const int (&position)[2], 
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int at = key + 8 * c + 2 * (lane % 4) + e;
-                if (at < lo || at >= hi) s[4 * c + 2 * h + e] = -INFINITY;
+                if (at < lo || at >= hi) s[4 * c + 2 * h + e] = MINUS_INFINITY;
             }
         }
     }
@@ -573,7 +575,7 @@ __device__ __forceinline__ Row out_row(const Params& p, const Tile& tile, u32 ro
 
 __device__ __forceinline__ float log_sum(float max_score, float sum, float scale_log2) {
     constexpr float LN2 = 0.693147180559945309f;
-    return sum > 0 ? (max_score * scale_log2 + log2_approx(sum)) * LN2 : -INFINITY;
+    return sum > 0 ? (max_score * scale_log2 + log2_approx(sum)) * LN2 : MINUS_INFINITY;
 }
 
 // A tile of one part: through shared memory, so that whole rows are written.
@@ -650,7 +652,7 @@ __device__ __forceinline__ void add_rows(const Params& p, const Tile& tile, cons
     for (int index = thread; index < rows * LANES; index += CONSUMER_THREADS) {
         const int row = index / LANES, lane = index % LANES;
         const u32 first = shared.received + row * PART_ROW * 4;
-        float part_max[CLUSTER], part_sum[CLUSTER], top = -INFINITY;
+        float part_max[CLUSTER], part_sum[CLUSTER], top = MINUS_INFINITY;
 #pragma unroll
         for (int part = 0; part < CLUSTER; ++part) {
             asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
@@ -658,7 +660,7 @@ __device__ __forceinline__ void add_rows(const Params& p, const Tile& tile, cons
                          : "r"(first + (part * SLICE * PART_ROW + DV) * 4));
             top = fmaxf(top, part_max[part]);
         }
-        const float shift = top == -INFINITY ? 0.0f : top * p.scale_log2;
+        const float shift = top == MINUS_INFINITY ? 0.0f : top * p.scale_log2;
         float sum = 0, total[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int part = 0; part < CLUSTER; ++part) {

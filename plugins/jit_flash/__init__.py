@@ -5,8 +5,9 @@ from __future__ import annotations
 from attnbench.backend import Backend
 from attnbench.hookspecs import hookimpl
 from attnbench_plugins.jit_flash.cpu import JitFlashCpu
+from attnbench_plugins.jit_flash.cuda import JitFlashCuda
 
 
 @hookimpl
 def attnbench_backends() -> list[Backend]:
-    return [JitFlashCpu()]
+    return [JitFlashCpu(), JitFlashCuda()]

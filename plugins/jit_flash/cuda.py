@@ -1,14 +1,12 @@
-"""Owns jit_flash on NVIDIA GPUs: which kernel of kernels/cuda/ takes a problem, in which configuration, and its launch.
+"""Owns jit_flash on NVIDIA GPUs: compiles kernels/cuda/flash_attention_sm90.cu for a problem and launches it.
 
-Knows nothing of the kernels' insides, but for the configurations they compile in.
+Knows nothing of the kernel's insides; its configurations are cuda_config.py's.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -17,52 +15,33 @@ from typing import TYPE_CHECKING
 from attnbench import jit
 from attnbench.backend import Backend
 from attnbench.problem import DeviceKind, Problem
-from attnbench_plugins.jit_flash.cuda_driver import Kernel, Launch, TensorMap, tensor_map
+from attnbench_plugins.jit_flash.cuda_config import (
+    MAX_CLUSTER,
+    SHARED_BYTES,
+    Config,
+    choose,
+    packed_heads,
+    rounded,
+    units,
+)
+from attnbench_plugins.jit_flash.cuda_driver import Kernel, Launch, tensor_map
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+CAPABILITY = (9, 0)
+"""Whose instructions the kernel uses (wgmma, TMA); other devices have none or others."""
 MAX_HEAD_DIM = 256
-SHARED_BYTES = 232_448
-"""What a block may have on sm_90."""
-EXTRA: list = []
-WAVE = [1]
+MAX_SEQLEN = 1 << 29
+"""Positions and their differences fit into 32 bits."""
+MAX_BLOCKS = (1 << 31) - 1
+"""Of a grid, and the kernel's divisions hold below that."""
+MIN_SCALE, MAX_SCALE = 1e-38, 2e38
+"""Times log2(e), which is how the kernel uses it, it is a normal float between these."""
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class Config:
-    """What flash_attention_sm90.cu is compiled for; its head says what the fields mean."""
-
-    rows: int
-    keys: int
-    stages: int
-    cluster: int
-    split_v: int = 1
-
-    @property
-    def consumers(self) -> int:
-        return self.rows // 64
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.consumers + 1)
-
-    def columns(self, head_dim_v: int) -> int:
-        """Of V, that a block works on."""
-        return rounded(-(-rounded(head_dim_v) // self.split_v))
-
-    def shared_bytes(self, head_dim: int, head_dim_v: int) -> int | None:
-        """None where a block cannot have that much."""
-        head_dim, head_dim_v = rounded(head_dim), self.columns(head_dim_v)
-        q, ring = self.rows * max(head_dim, head_dim_v) * 2, self.stages * self.keys * (head_dim + head_dim_v) * 2
-        row = (head_dim_v + 4) * 4 if self.cluster > 1 else 0
-        received, staged = self.cluster * -(-self.rows // self.cluster) * row, self.rows * row
-        apart = q + ring + received + 8 * (4 * self.stages + 2)
-        if apart <= SHARED_BYTES and staged <= ring:
-            return apart
-        over = apart - received
-        return over if over <= SHARED_BYTES and received + staged <= q + ring else None
+CAUSAL_WAVE = 4
+"""Heads whose tiles are dealt out together, longest first: 1 and 2 were up to 3% slower, 8 up to 8% (64 and 16 heads of
+4096 and 16384 queries)."""
 
 
 class Divisor(ctypes.Structure):
@@ -89,22 +68,6 @@ class Params(ctypes.Structure):
     )
 
 
-def rounded(head_dim: int) -> int:
-    return -(-head_dim // 64) * 64
-
-
-def candidates(problem: Problem) -> Iterator[Config]:
-    """All configurations that may serve a problem."""
-    for rows, keys, split_v in itertools.product((128, 64), (128, 64), range(1, rounded(problem.head_dim_v) // 64 + 1)):
-        columns = Config(rows, keys, 2, 1, split_v).columns(problem.head_dim_v)
-        if columns * (split_v - 1) >= problem.head_dim_v:
-            continue  # the last would have none
-        for cluster in range(1, min(16, -(-problem.seqlen_k // keys)) + 1):
-            configs = [Config(rows, keys, stages, cluster, split_v) for stages in (4, 3, 2)]
-            fitting = [c for c in configs if c.shared_bytes(problem.head_dim, problem.head_dim_v) is not None]
-            yield from fitting[:1]
-
-
 class JitFlashCuda(Backend):
     """Forward attention on fp16 and bf16 tensors whose last dimension is contiguous."""
 
@@ -117,16 +80,32 @@ class JitFlashCuda(Backend):
         return [str(files("attnbench_kernels") / "cuda")]
 
     def unavailable(self) -> str | None:
+        from attnbench.devices import device
+
+        if absent := device(self.device).unavailable():
+            return absent
+        import torch
+
+        capability = torch.cuda.get_device_capability()
+        if capability != CAPABILITY:
+            needed, there = (".".join(map(str, pair)) for pair in (CAPABILITY, capability))
+            return f"the kernel is for compute capability {needed} (Hopper), and this GPU has {there}"
         return jit.missing(_toolchain)
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":
             return f"direction {problem.direction}: the kernel only runs forward"
         if problem.dtype == "fp32":
-            return "fp16 and bf16 only"
+            return "fp32: the kernel takes fp16 and bf16"
         for name in ("head_dim", "head_dim_v"):
-            if getattr(problem, name) > MAX_HEAD_DIM or getattr(problem, name) % 8:
+            if getattr(problem, name) % 8 or getattr(problem, name) > MAX_HEAD_DIM:
                 return f"{name} {getattr(problem, name)} is no multiple of 8 up to {MAX_HEAD_DIM}"
+        if not MIN_SCALE <= problem.softmax_scale <= MAX_SCALE:
+            return f"softmax_scale {problem.softmax_scale:g} is beyond what fp32 holds"
+        if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
+            return f"more than {MAX_SEQLEN} queries or keys"
+        if problem.batch * problem.heads_q * -(-problem.seqlen_q // 64) * 4 * MAX_CLUSTER > MAX_BLOCKS:
+            return "more blocks than a grid may have"
         return None
 
     def prepare(
@@ -138,42 +117,89 @@ class JitFlashCuda(Backend):
         lse: Tensor | None = None,
         config: Config | None = None,
     ) -> Callable[[], Tensor]:
+        """Compile the kernel, encode its tensor maps, allocate the output.
+
+        The output is contiguous and the same tensor at each call, which launches on the current stream. A contiguous
+        `lse` of (batch, heads_q, seqlen_q) in fp32 gets log Σ exp(softmax_scale · q · k) of each query, and -inf where
+        it sees no key. `config` is the fastest by a model unless given. Raises ValueError where a tensor is not what
+        the problem says or not laid out as TMA wants it, CompileError and DriverError.
+        """
         import torch
 
-        out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
-        if config is None:
-            config = choose(problem)
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[problem.dtype]
+        for name, tensor in {"q": q, "k": k, "v": v}.items():
+            _require(problem, name, tensor, dtype)
+        if lse is not None and not (
+            lse.shape == problem.out_shape[:3]
+            and lse.dtype == torch.float32
+            and lse.is_contiguous()
+            and lse.device == q.device
+        ):
+            raise ValueError(f"lse must be contiguous, of {problem.out_shape[:3]} in torch.float32, on {q.device}")
+        out = torch.empty(problem.out_shape, dtype=dtype, device=q.device)
         index = q.device.index
         with torch.cuda.device(index):
+            config = config or choose(problem, active_clusters(index))
             launch = _launch(problem, config, q, k, v, out, lse)
-        stream_of = torch._C._cuda_getCurrentRawStream
+        stream_of, current = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
 
         def attend(_owners: tuple[Tensor | None, ...] = (q, k, v, lse)) -> Tensor:
-            launch(stream_of(index))
+            if current() == index:
+                launch(stream_of(index))
+            else:
+                with torch.cuda.device(index):
+                    launch(stream_of(index))
             return out
 
         return attend
 
+    def parallel_units(self, problem: Problem) -> int:
+        """The SMs that have a block of it."""
+        import torch
 
-def choose(problem: Problem) -> Config:
-    return next(candidates(problem))
+        index = torch.cuda.current_device()
+        config = choose(problem, active_clusters(index))
+        sms = torch.cuda.get_device_properties(index).multi_processor_count
+        return int(min(sms, units(problem, config) * config.cluster))
+
+
+def _require(problem: Problem, name: str, tensor: Tensor, dtype: object) -> None:
+    """Raise ValueError where the kernel could not read a tensor as the problem has it."""
+    # The kernel only gets addresses: a tensor smaller than the problem would be read past its end.
+    if tensor.shape != getattr(problem, f"{name}_shape") or tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, not what {problem.case_id} has")
+    if tensor.device.type != "cuda":
+        raise ValueError(f"{name} is on {tensor.device}, not on a GPU")
+    if tensor.is_neg():  # a view whose numbers are not those in memory
+        raise ValueError(f"{name} is a negated view: resolve_neg() it")
+    if tensor.stride(-1) != 1:
+        raise ValueError(f"the last dimension of {name} must be contiguous: its stride is {tensor.stride(-1)}")
+    steps = [step for size, step in zip(tensor.shape[:3], tensor.stride()[:3]) if size > 1]
+    if tensor.data_ptr() % 16 or any(step <= 0 or step % 8 for step in steps):
+        raise ValueError(f"{name} must start, and its rows, heads and batch elements follow, at multiples of 16 bytes")
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """In elements; where there is only one of something, its stride is none that TMA would refuse."""
+    return tuple(step if size > 1 else 8 for size, step in zip(tensor.shape, tensor.stride()))
 
 
 def _launch(
     problem: Problem, config: Config, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
 ) -> Launch:
+    """Raises DriverError."""
     bf16 = problem.dtype == "bf16"
-    pack = packed_heads(problem, config)
-    queries = config.rows // pack
-    groups = problem.heads_q // pack
+    heads = packed_heads(problem, config.rows)
+    queries, groups = config.rows // heads, problem.heads_q // heads
     tiles, all_groups = -(-problem.seqlen_q // queries), problem.batch * groups
-    wave = min(WAVE[0], all_groups)
-    batch_stride, head_stride, row_stride, _ = q.stride()
-    q_shape = (problem.batch, groups, problem.seqlen_q, pack, problem.head_dim)
-    q_strides = (batch_stride, head_stride * pack, row_stride, head_stride, 1)
-    maps = [tensor_map(q.data_ptr(), q_shape, q_strides, (1, 1, queries, pack, 64), bf16=bf16)]
+    wave = min(CAUSAL_WAVE, all_groups) if problem.causal else 1
+    batch_stride, head_stride, row_stride, _ = _strides(q)
+    q_shape = (problem.batch, groups, problem.seqlen_q, heads, problem.head_dim)
+    q_strides = (batch_stride, head_stride * heads, row_stride, head_stride, 1)
+    maps = [tensor_map(q.data_ptr(), q_shape, q_strides, (1, 1, queries, heads, 64), bf16=bf16)]
     for tensor in (k, v):
-        maps.append(tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride(), (1, 1, config.keys, 64), bf16=bf16))
+        box = (1, 1, config.keys, 64)
+        maps.append(tensor_map(tensor.data_ptr(), tensor.shape, _strides(tensor), box, bf16=bf16))
     far = problem.seqlen_q + problem.seqlen_k
     window = far if problem.window is None else min(problem.window, far)
     params = Params(
@@ -193,11 +219,11 @@ def _launch(
         scale_log2=problem.softmax_scale * LOG2_E,
     )
     shared_bytes = config.shared_bytes(problem.head_dim, problem.head_dim_v)
-    assert shared_bytes is not None
-    kernel = load(cubin(problem, config), shared_bytes, config.cluster)
+    if shared_bytes is None:
+        raise ValueError(f"{config} takes more shared memory than there is")
     return Launch(
-        kernel,
-        blocks=all_groups * tiles * config.split_v * config.cluster,
+        _kernel(cubin(problem, config), "flash_attention", shared_bytes, config.cluster, q.device.index),
+        blocks=units(problem, config) * config.cluster,
         threads=config.threads,
         cluster=config.cluster,
         shared_bytes=shared_bytes,
@@ -205,17 +231,9 @@ def _launch(
     )
 
 
-def packed_heads(problem: Problem, config: Config) -> int:
-    """How many query heads that share a key head go into one tile: all, where a tile is too tall for one alone."""
-    group = problem.heads_q // problem.heads_kv
-    if problem.seqlen_q >= config.rows:
-        return 1
-    return max(pack for pack in range(1, config.rows + 1) if group % pack == 0)
-
-
-def cubin(problem: Problem, config: Config) -> Path:
-    """The kernel compiled for a problem's head sizes, dtype and masks, and a configuration."""
-    macros = {
+def macros(problem: Problem, config: Config) -> dict[str, int]:
+    """What the source is compiled with; its head says what they mean."""
+    return {
         "D": rounded(problem.head_dim),
         "DV": config.columns(problem.head_dim_v),
         "SPLIT_V": config.split_v,
@@ -225,19 +243,46 @@ def cubin(problem: Problem, config: Config) -> Path:
         "KEYS": config.keys,
         "STAGES": config.stages,
         "CLUSTER": config.cluster,
-        "PACK": packed_heads(problem, config),
+        "PACK": packed_heads(problem, config.rows),
     }
+
+
+def cubin(problem: Problem, config: Config) -> Path:
+    """The kernel for a problem's head sizes, dtype and masks, and a configuration. Raises CompileError."""
+    return _compiled(
+        "flash_attention_sm90.cu", [f"-D{name}={value}" for name, value in macros(problem, config).items()]
+    )
+
+
+def _compiled(source: str, flags: Sequence[str] = ()) -> Path:
     with as_file(files("attnbench_kernels") / "cuda") as folder:
-        flags = [f"-D{name}={value}" for name, value in macros.items()] + EXTRA
-        return jit.compile(folder / "flash_attention_sm90.cu", toolchain=_toolchain(), flags=flags).path
+        return jit.compile(folder / source, toolchain=_toolchain(), flags=flags).path
+
+
+def _toolchain() -> jit.Toolchain:
+    """NVRTC, which compiles the kernel in half of nvcc's time and comes with torch; else nvcc."""
+    arch = "sm_90a"
+    if jit.missing(lambda: jit.nvrtc_toolchain(arch)) is None:
+        return jit.nvrtc_toolchain(arch)
+    return jit.cuda_toolchain(arch, cubin=True)
 
 
 @lru_cache
-def load(path: Path, shared_bytes: int, cluster: int) -> Kernel:
-    kernel = Kernel(path, "flash_attention")
+def _kernel(path: Path, function: str, shared_bytes: int, cluster: int, device: int) -> Kernel:
+    """Loaded once a device, whose context is the current one."""
+    kernel = Kernel(path, function)
     kernel.allow(shared_bytes=shared_bytes, cluster=cluster)
     return kernel
 
 
-def _toolchain() -> jit.Toolchain:
-    return jit.cubin_toolchain("sm_90a")
+@lru_cache
+def active_clusters(device: int) -> Mapping[int, int]:
+    """How many clusters of each size the device runs at once, with one block on an SM: its SMs come in groups of
+    different sizes, and a cluster lies in one. The device must be the current one."""
+    kernel = _kernel(_compiled("occupancy.cu"), "empty", SHARED_BYTES, MAX_CLUSTER, device)
+    return {
+        size: kernel.active_clusters(
+            Launch(kernel, blocks=size, threads=128, cluster=size, shared_bytes=SHARED_BYTES, arguments=())
+        )
+        for size in range(1, MAX_CLUSTER + 1)
+    }

@@ -1,0 +1,154 @@
+"""Owns the configurations of kernels/cuda/flash_attention_sm90.cu: which there are, which is the fastest by a model.
+
+Knows no driver and no tensor, so that all of it runs where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from attnbench.problem import Problem
+
+SHARED_BYTES = 232_448
+"""What a block may have on sm_90."""
+MAX_CLUSTER = 16
+"""Blocks of a cluster, where the kernel asks for more than the 8 that every device grants."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the kernel is compiled for, beside the problem; its head says what the fields mean."""
+
+    rows: int
+    keys: int
+    stages: int
+    cluster: int = 1
+    split_v: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a block: a warpgroup for every 64 rows, and the producer's."""
+        return 2 * self.rows + 128
+
+    def columns(self, head_dim_v: int) -> int:
+        """Of V, that a block works on."""
+        return rounded(-(-head_dim_v // self.split_v))
+
+    def shared_bytes(self, head_dim: int, head_dim_v: int) -> int | None:
+        """What a block needs, as the kernel lays it out; None where that is more than it may have."""
+        d, dv = rounded(head_dim), self.columns(head_dim_v)
+        q, ring, barriers = (
+            self.rows * max(d, dv) * 2,
+            self.stages * self.keys * (d + dv) * 2,
+            8 * (2 + 4 * self.stages),
+        )
+        row = (dv + 4) * 4 if self.cluster > 1 else 0
+        received, staged = self.cluster * -(-self.rows // self.cluster) * row, self.rows * row
+        if q + ring + received + barriers <= SHARED_BYTES:
+            return q + ring + received + barriers if staged <= ring else None
+        return q + ring + barriers if q + ring + barriers <= SHARED_BYTES and received + staged <= q + ring else None
+
+
+def rounded(head_dim: int) -> int:
+    """Up to whole boxes of 64 columns."""
+    return -(-head_dim // 64) * 64
+
+
+def packed_heads(problem: Problem, rows: int) -> int:
+    """How many query heads that share a key head lie in a tile: one where its queries fill the tile, else all there are
+    room for."""
+    group = problem.heads_q // problem.heads_kv
+    if problem.seqlen_q >= rows:
+        return 1
+    return max(heads for heads in range(1, rows + 1) if group % heads == 0)
+
+
+def units(problem: Problem, config: Config) -> int:
+    """Clusters that a launch has."""
+    heads = packed_heads(problem, config.rows)
+    tiles = -(-problem.seqlen_q // (config.rows // heads))
+    return problem.batch * (problem.heads_q // heads) * tiles * config.split_v
+
+
+def configs(problem: Problem) -> Iterator[Config]:
+    """All that can run a problem and may be the fastest."""
+    boxes = rounded(problem.head_dim_v) // 64
+    for rows, keys, split_v in itertools.product((128, 64), (128, 64), range(1, boxes + 1)):
+        if boxes % split_v:
+            continue
+        for cluster in range(1, min(MAX_CLUSTER, -(-problem.seqlen_k // keys)) + 1):
+            # More stages hide more latency, but with 128 rows and keys two measured 3% faster than three.
+            for stages in (2,) if rows == keys == 128 else (4, 3, 2):
+                config = Config(rows, keys, stages, cluster, split_v)
+                if config.shared_bytes(problem.head_dim, problem.head_dim_v) is not None:
+                    yield config
+                    break
+
+
+def choose(problem: Problem, clusters: Mapping[int, int]) -> Config:
+    """The fastest by `predicted_us`; `clusters` are those the device runs at once, by their size."""
+    return min(configs(problem), key=lambda config: predicted_us(problem, config, clusters))
+
+
+LAUNCH_US = 1.2
+"""An empty kernel in a graph."""
+CYCLES_A_US = 1750.0
+START_CYCLES = 1450.0
+"""Until the first key block can be asked for, and after the last for writing."""
+LOAD_BYTES_A_CYCLE = 110.0
+"""Of one SM."""
+L2_BYTES_A_CYCLE = 5000.0
+"""Of all SMs."""
+MULTIPLY_ADDS_A_CYCLE = 2048 / 1.24
+"""Of an SM's tensor cores; 1.24 is what they take beyond their rate."""
+SOFTMAX_CYCLES_A_KEY = 3.0
+"""Of 64 rows."""
+BLOCK_CYCLES = 310.0
+"""What a key block takes besides."""
+CLUSTER_CYCLES, CLUSTER_CYCLES_A_BLOCK, EXCHANGE_BYTES_A_CYCLE = 160.0, 64.0, 8.6
+"""For adding up in a cluster: once, for each of its blocks, and for what a block sends."""
+LATER_WAVE = 0.88
+"""Of the time of the first: it starts while the one before it ends."""
+
+
+def predicted_us(problem: Problem, config: Config, clusters: Mapping[int, int]) -> float:
+    """What a model expects of a configuration.
+
+    Its constants are fitted to the 436 times of `pto` problems on an H100 in benchmarks/h100_configs.csv, which it
+    meets within 5% (root mean square of the logarithms' differences); what it chooses among them was 2% slower than the
+    fastest, 8% at most.
+    """
+    d, dv = rounded(problem.head_dim), config.columns(problem.head_dim_v)
+    launched, at_once = units(problem, config), max(clusters.get(config.cluster, 0), 0)
+    if not at_once:
+        return float("inf")
+    waves = -(-launched // at_once)
+    # A tile's keys: of one wave the longest tile counts, of several their mean.
+    mean_keys = problem.visible_pairs / max(problem.visible_rows, 1)
+    keys = mean_keys if waves > 1 else _most_keys(problem, config)
+    blocks = max(1, math.ceil(math.ceil(keys / config.keys) / config.cluster))
+    running = min(launched, at_once) * config.cluster
+    products = config.rows * config.keys * (d + dv) / MULTIPLY_ADDS_A_CYCLE
+    softmax = SOFTMAX_CYCLES_A_KEY * config.keys
+    # One consumer's softmax waits for its products; two do theirs in turn.
+    compute = (products + softmax if config.rows == 64 else max(products, 2 * softmax)) + BLOCK_CYCLES
+    load = config.keys * (d + dv) * 2 / min(LOAD_BYTES_A_CYCLE, L2_BYTES_A_CYCLE / running)
+    cycles = START_CYCLES + compute + load + (blocks - 1) * max(compute, load)
+    if config.cluster > 1:
+        sent = config.rows * dv * 4 / EXCHANGE_BYTES_A_CYCLE
+        cycles += CLUSTER_CYCLES + CLUSTER_CYCLES_A_BLOCK * config.cluster + sent
+    return LAUNCH_US + (1 + LATER_WAVE * (waves - 1)) * cycles / CYCLES_A_US
+
+
+def _most_keys(problem: Problem, config: Config) -> float:
+    """That any tile sees."""
+    queries = config.rows // packed_heads(problem, config.rows)
+    spans = []
+    for first in range(0, problem.seqlen_q, queries):
+        last = min(first + queries, problem.seqlen_q) - 1
+        (low, _), (_, high) = problem.key_range(first), problem.key_range(last)
+        spans.append(high - low)
+    return max(1, *spans)

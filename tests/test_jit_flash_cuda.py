@@ -1,0 +1,433 @@
+"""jit_flash on an NVIDIA GPU: what it launches, in which configuration, and that every configuration compiles.
+
+What the kernel computes is in test_jit_flash_gpu.py, which takes a GPU.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnbench import jit
+from attnbench.problem import Problem
+from attnbench_plugins.jit_flash import cuda, cuda_config, cuda_driver
+from attnbench_plugins.jit_flash.cuda import Divisor, JitFlashCuda, Params
+from attnbench_plugins.jit_flash.cuda_config import Config, choose, configs, packed_heads, predicted_us, units
+
+ROOT = Path(__file__).parents[1]
+H100 = {1: 132, 2: 66, 3: 43, 4: 31, 6: 20, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
+"""Clusters that an H100 runs at once, by their size; sizes that were not asked for are left out."""
+
+
+def problem(seqlen_q: int, seqlen_k: int, **fields) -> Problem:
+    return Problem(seqlen_q=seqlen_q, seqlen_k=seqlen_k, **{"dtype": "fp16", **fields})
+
+
+# --- which configuration ----------------------------------------------------------------------------------------------
+
+
+def measured() -> dict[Problem, dict[Config, float]]:
+    """Times in µs on an H100."""
+    found: dict[Problem, dict[Config, float]] = defaultdict(dict)
+    with open(ROOT / "benchmarks" / "h100_configs.csv", newline="") as lines:
+        for row in csv.DictReader(lines):
+            case = problem(int(row["seqlen_q"]), int(row["seqlen_k"]))
+            config = Config(*(int(row[name]) for name in ("rows", "keys", "stages", "cluster", "split_v")))
+            found[case][config] = float(row["device_us"])
+    return found
+
+
+def test_the_model_meets_what_was_measured() -> None:
+    times = measured()
+    errors = [math.log(predicted_us(case, config, H100) / us) for case in times for config, us in times[case].items()]
+    assert (len(times), len(errors)) == (20, 436)
+    assert math.sqrt(sum(error**2 for error in errors) / len(errors)) < 0.05
+
+
+def test_what_the_model_chooses_was_about_the_fastest() -> None:
+    lost = []
+    for times in (measured(),):
+        for case, by_config in times.items():
+            chosen = min(by_config, key=lambda config: predicted_us(case, config, H100))
+            lost.append(by_config[chosen] / min(by_config.values()))
+    assert math.prod(lost) ** (1 / len(lost)) < 1.02
+    assert max(lost) < 1.08
+
+
+CASES = [
+    problem(128, 1024),
+    problem(2048, 8192),
+    problem(1, 1),
+    problem(1, 131072, batch=4, heads_q=32, heads_kv=8),
+    problem(4096, 4096, batch=4, heads_q=16, causal=True),
+    problem(300, 2049, head_dim=256),
+    problem(77, 100, head_dim=72, head_dim_v=200, window=50),
+    problem(5, 7, heads_q=40, heads_kv=1, head_dim=8),
+    problem(9, 300, causal=True),
+    problem(300, 9, causal=True),  # most queries see no key
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.case_id)
+def test_a_configuration_is_chosen_that_a_block_has_room_for(case: Problem) -> None:
+    config = choose(case, H100)
+    assert config in set(configs(case))
+    assert config.shared_bytes(case.head_dim, case.head_dim_v) <= cuda_config.SHARED_BYTES
+    assert config.cluster * config.keys < case.seqlen_k + config.keys  # no block without keys of its own
+    assert config.columns(case.head_dim_v) * config.split_v >= case.head_dim_v
+    assert config.columns(case.head_dim_v) * (config.split_v - 1) < case.head_dim_v
+    assert math.isfinite(predicted_us(case, config, H100))
+
+
+def test_a_device_without_large_clusters_gets_none() -> None:
+    assert choose(problem(128, 8192), H100).cluster > 8
+    assert choose(problem(128, 8192), {1: 132, 2: 60}).cluster == 2
+    assert choose(problem(128, 8192), {1: 132, 2: 0}).cluster == 1
+
+
+def test_much_work_is_not_split() -> None:
+    assert choose(problem(8192, 8192, heads_q=32), H100) == Config(128, 128, 2)
+
+
+@given(rows=st.sampled_from((64, 128)), group=st.integers(1, 200), seqlen_q=st.integers(1, 300))
+def test_a_tile_holds_whole_queries_of_heads_that_share_a_key_head(rows: int, group: int, seqlen_q: int) -> None:
+    case = problem(seqlen_q, 64, heads_q=2 * group, heads_kv=2, batch=3)
+    heads = packed_heads(case, rows)
+    assert group % heads == 0
+    assert heads == 1 or (heads <= rows and seqlen_q < rows)
+    tiles = -(-seqlen_q // (rows // heads))
+    assert units(case, Config(rows, 64, 4)) == 3 * (2 * group // heads) * tiles
+
+
+# --- what is launched -------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1))
+def test_the_kernels_division_is_exact(value: int, dividend: int) -> None:
+    divisor = Divisor.of(value)
+    assert divisor.factor < 2**32
+    for n in (dividend, value * (dividend // value), max(value * (dividend // value) - 1, 0)):
+        assert ((n * divisor.factor >> 32) + n) >> divisor.shift == n // value
+
+
+class FakeDriver:
+    """Takes the driver's calls, and keeps what was asked of it."""
+
+    def __init__(self) -> None:
+        self.maps: list[SimpleNamespace] = []
+        self.launches: list[SimpleNamespace] = []
+        self.attributes: list[tuple[int, int]] = []
+        self.fails = ""
+
+    def __getattr__(self, name: str):
+        def call(*arguments):
+            if name == self.fails:
+                return 1
+            handler = getattr(type(self), f"_{name}", None)
+            return 0 if handler is None else handler(self, *arguments) or 0
+
+        return call
+
+    def _cuGetErrorString(self, status, text):
+        text._obj.value = b"invalid argument"
+
+    def _cuFuncSetAttribute(self, function, attribute, value):
+        self.attributes.append((attribute, value))
+
+    def _cuTensorMapEncodeTiled(self, made, dtype, rank, address, sizes, strides, box, steps, *modes):
+        assert ctypes.addressof(made._obj) % 64 == 0
+        self.maps.append(
+            SimpleNamespace(
+                dtype=dtype, address=address.value, sizes=list(sizes), strides=list(strides), box=list(box), modes=modes
+            )
+        )
+
+    def _cuLaunchKernelEx(self, config, function, arguments, extra):
+        config = config._obj
+        attribute = config.attributes[0]
+        self.launches.append(
+            SimpleNamespace(
+                grid=list(config.grid),
+                block=list(config.block),
+                shared_bytes=config.shared_bytes,
+                stream=config.stream,
+                attribute=attribute.id,
+                cluster=list(attribute.value)[:3],
+                params=Params.from_address(arguments[3]),
+            )
+        )
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    fake = FakeDriver()
+    monkeypatch.setattr(cuda_driver, "_driver", lambda: fake)
+    monkeypatch.setattr(cuda, "cubin", lambda case, config: Path(__file__))
+    cuda._kernel.cache_clear()
+    yield fake
+    cuda._kernel.cache_clear()
+
+
+def launched(driver: FakeDriver, case: Problem, config: Config, *tensors: torch.Tensor) -> SimpleNamespace:
+    q, k, v = tensors or (
+        torch.empty(shape, dtype=torch.float16) for shape in (case.q_shape, case.k_shape, case.v_shape)
+    )
+    out = torch.empty(case.out_shape, dtype=torch.float16)
+    launch = cuda._launch(case, config, q, k, v, out, None)
+    launch(0xABC)
+    (made,) = driver.launches
+    made.kept = (q, k, v, out)
+    made.launch = launch  # which owns what the driver was given
+    return made
+
+
+def test_the_launch_of_a_split_problem(driver: FakeDriver) -> None:
+    case = problem(200, 1000, batch=2, heads_q=6, heads_kv=3, head_dim=72, head_dim_v=136)
+    config = Config(64, 128, 2, cluster=8, split_v=3)
+    made = launched(driver, case, config)
+    q, k, v, out = made.kept
+    assert made.grid == [2 * 6 * 4 * 3 * 8, 1, 1]
+    assert made.block == [256, 1, 1]
+    assert (made.attribute, made.cluster) == (4, [8, 1, 1])
+    assert made.stream == 0xABC
+    assert made.shared_bytes == config.shared_bytes(72, 136)
+    assert (8, made.shared_bytes) in driver.attributes
+    p = made.params
+    assert (p.out, p.lse, p.seqlen_q, p.seqlen_k, p.head_dim_v) == (out.data_ptr(), None, 200, 1000, 136)
+    assert [getattr(p, name).value for name in ("tiles", "groups", "key_groups")] == [4, 6, 2]
+    assert (p.all_groups, p.wave.value, p.last_wave.value) == (12, 1, 1)
+    assert p.ahead >= 1200  # nothing is hidden
+    assert p.behind >= 1199
+    assert p.scale_log2 == pytest.approx(math.log2(math.e) / math.sqrt(72))
+    maps = driver.maps
+    assert [m.address for m in maps] == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+    assert maps[0].sizes == [72, 1, 200, 6, 2]
+    assert maps[0].strides == [2 * 200 * 72, 144, 2 * 200 * 72, 2 * 6 * 200 * 72]
+    assert maps[0].box == [64, 1, 64, 1, 1]
+    assert maps[1].sizes == [72, 1000, 3, 2]
+    assert maps[1].strides == [144, 144000, 432000]
+    assert maps[2].box == [64, 128, 1, 1]
+    assert {m.dtype for m in maps} == {6}
+    assert {m.modes for m in maps} == {(0, 3, 3, 0)}  # 128-byte swizzle, zeros beyond the shape
+
+
+def test_heads_of_few_queries_share_a_tile(driver: FakeDriver) -> None:
+    case = problem(3, 500, batch=2, heads_q=12, heads_kv=2)
+    made = launched(driver, case, Config(64, 64, 4, cluster=2))
+    assert made.grid == [2 * 2 * 1 * 2, 1, 1]  # 10 queries of 6 heads fit into 64 rows
+    assert driver.maps[0].sizes == [128, 6, 3, 2, 2]
+    assert driver.maps[0].box == [64, 6, 10, 1, 1]
+    assert [getattr(made.params, name).value for name in ("tiles", "groups", "key_groups")] == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "ahead", "behind"),
+    [
+        ({"causal": True}, 1, 299),
+        ({"window": 7}, 7, 6),
+        ({"causal": True, "window": 7}, 1, 6),
+        ({"window": 10**9}, 300, 299),
+    ],
+)
+def test_which_keys_a_query_sees(driver: FakeDriver, fields: dict, ahead: int, behind: int) -> None:
+    case = problem(100, 200, **fields)
+    params = launched(driver, case, Config(64, 64, 4)).params
+    assert (params.ahead, params.behind) == (ahead, behind)
+    for row in (0, 50, 99):
+        position = row + 100
+        assert case.key_range(row) == (max(0, position - behind), min(200, position + ahead))
+
+
+def test_causal_tiles_are_dealt_out_by_waves_of_heads(driver: FakeDriver) -> None:
+    params = launched(driver, problem(100, 200, heads_q=10, causal=True), Config(64, 64, 4)).params
+    assert (params.wave.value, params.last_wave.value, params.all_groups) == (4, 2, 10)
+
+
+def test_a_stride_of_a_dimension_of_one_is_none_that_tma_refuses(driver: FakeDriver) -> None:
+    case = problem(64, 64)
+    q = torch.empty(64 * 128 + 1, dtype=torch.float16)[: 64 * 128].as_strided((1, 1, 64, 128), (3, 5, 128, 1))
+    launched(driver, case, Config(64, 64, 4), q, *(torch.empty(case.k_shape, dtype=torch.float16) for _ in range(2)))
+    assert all(stride % 16 == 0 for stride in driver.maps[0].strides)
+
+
+def test_a_call_of_the_driver_that_fails_is_named(driver: FakeDriver) -> None:
+    driver.fails = "cuTensorMapEncodeTiled"
+    with pytest.raises(cuda_driver.DriverError, match=r"^cuTensorMapEncodeTiled: invalid argument$"):
+        launched(driver, problem(64, 64), Config(64, 64, 4))
+
+
+def test_clusters_above_eight_are_asked_for(driver: FakeDriver) -> None:
+    launched(driver, problem(64, 4096), Config(64, 64, 4, cluster=9))
+    assert (14, 1) in driver.attributes
+
+
+# --- what it refuses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (problem(8, 8, direction="bwd"), "direction bwd: the kernel only runs forward"),
+        (problem(8, 8, dtype="fp32"), "fp32: the kernel takes fp16 and bf16"),
+        (problem(8, 8, head_dim=44), "head_dim 44 is no multiple of 8 up to 256"),
+        (problem(8, 8, head_dim_v=264), "head_dim_v 264 is no multiple of 8 up to 256"),
+        (problem(8, 8, softmax_scale=1e-40), "softmax_scale 1e-40 is beyond what fp32 holds"),
+        (problem(8, 2**29 + 1), "more than 536870912 queries or keys"),
+        (problem(2**20, 8, batch=2048), "more blocks than a grid may have"),
+        (problem(8, 8, dtype="bf16", head_dim=8, head_dim_v=256, causal=True, window=3, heads_q=6, heads_kv=2), None),
+        (problem(1, 1, batch=70_000, heads_q=2), None),  # more than a grid's y and z have
+    ],
+)
+def test_what_it_does_not_support(case: Problem, reason: str | None) -> None:
+    assert JitFlashCuda().unsupported(case) == reason
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda q: q[:, :, 1:], r"q is \(1, 1, 63, 64\) of torch.float16, not what"),
+        (lambda q: q.bfloat16(), "of torch.bfloat16, not what"),
+        (lambda q: q, "q is on cpu, not on a GPU"),
+    ],
+)
+def test_tensors_that_are_not_the_problems(spoil, message: str) -> None:
+    case = problem(64, 64, head_dim=64)
+    q, k, v = (torch.zeros(case.q_shape, dtype=torch.float16) for _ in range(3))
+    with pytest.raises(ValueError, match=message):
+        JitFlashCuda().prepare(case, spoil(q), k, v)
+
+
+def layout(tensor: torch.Tensor, *, offset: int = 0, neg: bool = False) -> SimpleNamespace:
+    """What `_require` asks of a tensor, as if it were on a GPU."""
+    return SimpleNamespace(
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        device=torch.device("cuda:0"),
+        is_neg=lambda: neg,
+        stride=tensor.stride,
+        data_ptr=lambda: 4096 + offset,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (layout(torch.zeros(2, 3, 64, 64), offset=2), "must start, and its rows"),
+        (layout(torch.zeros(2, 3, 64, 66)[..., :64]), "must start, and its rows"),
+        (layout(torch.zeros(1, 3, 64, 64).expand(2, 3, 64, 64)), "must start, and its rows"),
+        (layout(torch.zeros(2, 3, 64, 128)[..., ::2]), "last dimension of q must be contiguous: its stride is 2"),
+        (layout(torch.zeros(2, 3, 64, 64), neg=True), "q is a negated view"),
+        (layout(torch.zeros(2, 64, 3, 64).transpose(1, 2)), None),
+        (layout(torch.zeros(2, 3, 64, 72)[..., :64]), None),
+    ],
+)
+def test_layouts_that_tma_takes_and_those_it_does_not(tensor: SimpleNamespace, message: str | None) -> None:
+    case = problem(64, 64, batch=2, heads_q=3, head_dim=64)
+    if message is None:
+        cuda._require(case, "q", tensor, torch.float32)
+    else:
+        with pytest.raises(ValueError, match=message):
+            cuda._require(case, "q", tensor, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [
+        ((9, 0), None),
+        ((8, 0), "the kernel is for compute capability 9.0 (Hopper), and this GPU has 8.0"),
+        ((10, 0), "the kernel is for compute capability 9.0 (Hopper), and this GPU has 10.0"),
+    ],
+)
+def test_which_gpus_it_takes(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None) -> None:
+    monkeypatch.setattr("attnbench.devices.cuda.CudaDevice.unavailable", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert JitFlashCuda().unavailable() == reason
+
+
+# --- that it compiles -------------------------------------------------------------------------------------------------
+
+VARIANTS = [
+    (problem(128, 1024), Config(64, 64, 4, 16, 2)),
+    (problem(128, 1024), Config(64, 128, 2, 8, 2)),
+    (problem(128, 1024), Config(128, 128, 2, 1)),
+    (problem(2048, 8192, causal=True), Config(128, 128, 2, 6)),  # received over Q and the ring
+    (problem(64, 64, head_dim=256, dtype="bf16"), Config(128, 64, 2, 1)),
+    (problem(64, 640, head_dim=192, head_dim_v=128, window=9), Config(64, 64, 3, 7)),
+    (problem(3, 640, head_dim=64, heads_q=5, heads_kv=1, dtype="bf16"), Config(64, 128, 3, 3)),
+]
+
+
+def cubin(case: Problem, config: Config, toolchain: jit.Toolchain) -> tuple[bytes, str]:
+    flags = [f"-D{name}={value}" for name, value in cuda.macros(case, config).items()]
+    source = ROOT / "kernels" / "cuda" / "flash_attention_sm90.cu"
+    return jit.compile(source, toolchain=toolchain, flags=flags).path.read_bytes(), " ".join(flags)
+
+
+@pytest.mark.parametrize(("case", "config"), VARIANTS, ids=lambda value: getattr(value, "case_id", str(value)))
+def test_nvrtc_compiles_it_without_a_cuda_toolkit(case: Problem, config: Config) -> None:
+    code, _ = cubin(case, config, jit.nvrtc_toolchain("sm_90a"))
+    assert code.startswith(b"\x7fELF")
+    assert b"flash_attention" in code
+
+
+def test_the_kernel_and_the_plugin_agree_on_shared_memory() -> None:
+    """The kernel refuses to compile where what it lays out does not fit; the plugin must not ask for such a thing."""
+    case = problem(128, 8192, head_dim=256)
+    too_large = next(
+        config
+        for config in (Config(128, 64, 2, cluster) for cluster in (2, 16))
+        if config.shared_bytes(256, 256) is None
+    )
+    with pytest.raises(jit.CompileError, match="no room for the parts"):
+        cubin(case, too_large, jit.nvrtc_toolchain("sm_90a"))
+
+
+@pytest.mark.skipif(jit.missing(lambda: jit.cuda_toolchain("sm_90a")) is not None, reason="no nvcc")
+def test_nvcc_compiles_it_too_and_without_a_warning(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tools = jit.cuda_toolchain("sm_90a", cubin=True)
+    case, config = VARIANTS[0]
+    flags = [f"-D{name}={value}" for name, value in cuda.macros(case, config).items()]
+    source = ROOT / "kernels" / "cuda" / "flash_attention_sm90.cu"
+    tools.run(
+        str(source), "out.cubin", cwd=tmp_path, include=(), flags=["-Werror", "all-warnings", *flags], timeout_s=120
+    )
+    assert (tmp_path / "out.cubin").read_bytes().startswith(b"\x7fELF")
+
+
+def test_the_occupancy_kernel_compiles() -> None:
+    path = jit.compile(ROOT / "kernels" / "cuda" / "occupancy.cu", toolchain=jit.nvrtc_toolchain("sm_90a")).path
+    assert path.suffix == ".cubin"
+
+
+def test_an_error_of_nvrtc_is_one_line_with_its_place() -> None:
+    with pytest.raises(jit.CompileError) as error:
+        jit.compile('extern "C" __global__ void f() { int x = y; }', toolchain=jit.nvrtc_toolchain("sm_90a"))
+    assert re.match(r'^source\.cpp\(1\): error: identifier "y" is undefined \| extern "C"', error.value.message)
+    assert "y" in error.value.log
+
+
+def test_without_nvrtc_the_hint_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("attnbench.settings.cuda_homes", lambda: [str(tmp_path)])
+    with pytest.raises(jit.ToolchainMissing) as error:
+        jit.nvrtc_toolchain("sm_90a")
+    assert (error.value.message, error.value.hint) == ("there is no NVRTC", "pip install 'attnbench[cuda]'")
+
+
+def test_an_nvrtc_that_does_not_load_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64" / "libnvrtc.so.13").write_text("no library")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("attnbench.settings.cuda_homes", lambda: [str(tmp_path)])
+    with pytest.raises(jit.ToolchainMissing, match=r"NVRTC does not load: .*libnvrtc"):
+        jit.nvrtc_toolchain("sm_90a")

@@ -1,0 +1,300 @@
+"""jit_flash on a GPU, against float64: every shape, mask, layout and configuration that it claims.
+
+A script in a process of its own does the work, since `auto` must be the CPU in the tests' own; each test asks for one
+part of what it found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+SCRIPT = r'''
+import itertools, json, math, random, traceback
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from attnbench import Problem
+from attnbench_plugins.jit_flash import cuda
+from attnbench_plugins.jit_flash.cuda import JitFlashCuda, active_clusters
+from attnbench_plugins.jit_flash.cuda_config import Config, choose, configs
+from attnbench_plugins.masks import visible
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DEVICE = torch.device("cuda:0")
+PARTS = {}
+
+
+def part(function):
+    PARTS[function.__name__] = function
+    return function
+
+
+def problem(seqlen_q, seqlen_k, **fields):
+    return Problem(seqlen_q=seqlen_q, seqlen_k=seqlen_k, **{"dtype": "fp16", **fields})
+
+
+def inputs(case, seed=0, scale=1.0):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    shapes = (case.q_shape, case.k_shape, case.v_shape)
+    made = [torch.randn(shape, generator=generator, device=DEVICE) for shape in shapes]
+    return [(tensor * scale).to(DTYPES[case.dtype]) for tensor in made]
+
+
+def attention(case, q, k, v, dtype, weights_dtype=None):
+    """Output and log-sum-exp, step by step in `dtype`, with the weights rounded as the tensor cores take them."""
+    group = case.heads_q // case.heads_kv
+    q, k, v = q.to(dtype), k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
+    scores = q @ k.mT * case.softmax_scale
+    mask = visible(case, DEVICE)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    lse = torch.logsumexp(scores, -1)
+    top = scores.amax(-1, keepdim=True).nan_to_num(0, 0, 0)
+    weights = torch.exp(scores - top)
+    rounded = weights if weights_dtype is None else weights.to(weights_dtype).to(dtype)
+    return (rounded @ v / weights.sum(-1, keepdim=True)).nan_to_num(0.0), lse
+
+
+def fault(case, config=None, seed=0, tensors=None, scale=1.0):
+    """What is wrong with the output or the log-sum-exp; empty where nothing is."""
+    q, k, v = tensors or inputs(case, seed, scale)
+    lse = torch.full(case.out_shape[:3], 7.0, device=DEVICE)
+    call = JitFlashCuda().prepare(case, q, k, v, lse=lse, config=config)
+    call().fill_(math.nan)
+    out = call()
+    truth, true_lse = attention(case, q, k, v, torch.float64)
+    plain, _ = attention(case, q, k, v, torch.float32, out.dtype)
+    ulp = torch.finfo(out.dtype).eps * 2.0 ** math.floor(math.log2(truth.abs().max().item() or 1.0))
+    limit = 2 * (plain.double() - truth).abs().max().item() + ulp
+    error = (out.double() - truth).abs().max().item()
+    words = []
+    if not error <= limit:
+        words.append(f"error {error:.3g}, limit {limit:.3g}")
+    if not torch.equal(lse.isinf(), true_lse.isinf()):
+        words.append("lse is infinite elsewhere")
+    shift = (lse.double() - true_lse).nan_to_num(0, 0, 0).abs()
+    if not (shift <= 1e-5 * (1 + true_lse.nan_to_num(0, 0, 0).abs())).all():
+        words.append(f"lse is off by {shift.max().item():.3g}")
+    return f"{case.case_id} {config or ''}: {', '.join(words)}" if words else ""
+
+
+def faults(cases):
+    cases = [case if isinstance(case, tuple) else (case, None) for case in cases]
+    clusters = active_clusters(0)
+    with ThreadPoolExecutor(16) as pool:  # they compile beside each other
+        list(pool.map(lambda pair: cuda.cubin(pair[0], pair[1] or choose(pair[0], clusters)), cases))
+    return [words for words in (fault(*pair) for pair in cases) if words]
+
+
+@part
+def lengths():
+    sizes = [(1, 1), (1, 257), (17, 33), (33, 17), (64, 64), (65, 65), (128, 1024), (129, 127), (257, 1), (600, 500)]
+    return faults(problem(*size, dtype=dtype) for size in sizes for dtype in DTYPES)
+
+
+@part
+def masks():
+    sizes = [(1, 300), (64, 64), (100, 300), (300, 100), (257, 1025)]
+    fields = itertools.product((False, True), (None, 1, 65))
+    return faults(
+        problem(*size, causal=causal, window=window, heads_q=3)
+        for size, (causal, window) in itertools.product(sizes, fields)
+        if causal or window
+    )
+
+
+@part
+def head_dims():
+    dims = [(8, 8), (32, 32), (40, 64), (64, 40), (72, 200), (96, 96), (128, 256), (192, 128), (248, 248), (256, 256)]
+    return faults(problem(70, 300, head_dim=d, head_dim_v=e, dtype=t) for (d, e), t in itertools.product(dims, DTYPES))
+
+
+@part
+def grouped_heads():
+    heads = [(2, 1), (6, 2), (32, 8), (7, 1), (70, 1), (12, 4)]
+    sizes = [(1, 700), (5, 300), (100, 200)]
+    return faults(
+        problem(*size, heads_q=q, heads_kv=kv, batch=2, causal=causal)
+        for (q, kv), size, causal in itertools.product(heads, sizes, (False, True))
+    )
+
+
+@part
+def configurations():
+    cases = [
+        problem(200, 2100),
+        problem(200, 2100, causal=True, dtype="bf16"),
+        problem(100, 1100, head_dim=64, window=300),
+        problem(100, 1100, head_dim=256),
+        problem(100, 1100, head_dim=96, head_dim_v=192),
+        problem(3, 1500, heads_q=8, heads_kv=2),
+    ]
+    chosen = [(case, config) for case in cases for config in configs(case)]
+    return faults(random.Random(0).sample(chosen, 90))
+
+
+@part
+def layouts():
+    found = []
+    case = problem(130, 300, heads_q=4, heads_kv=2, batch=3)
+    q, k, v = inputs(case)
+    interleaved = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (q, k, v)]  # BSHD in memory
+    padded = []
+    for tensor in (q, k, v):
+        room = torch.full((*tensor.shape[:3], 136), math.nan, dtype=tensor.dtype, device=DEVICE)
+        room[..., :128] = tensor
+        padded.append(room[..., :128])
+    spaced = [torch.stack([tensor, torch.full_like(tensor, math.nan)], 3)[:, :, :, 0] for tensor in (q, k, v)]
+    for tensors in (interleaved, padded, spaced):
+        found.append(fault(case, tensors=tensors))
+    one_head = problem(64, 64)
+    q, k, v = inputs(one_head)
+    odd = q.clone().as_strided(q.shape, (3, 5, 128, 1))  # of dimensions with one element
+    found.append(fault(one_head, tensors=[odd, k, v]))
+    return [words for words in found if words]
+
+
+@part
+def extremes():
+    found = []
+    case = problem(100, 900)
+    for scale in (30.0, 1e-3):
+        found.append(fault(case, tensors=[tensor * scale for tensor in inputs(case)]))
+    q, k, v = inputs(case)
+    found.append(fault(case, tensors=[q, k[:, :, :1].expand(k.shape).contiguous(), v]))  # equal keys
+    rising = k * torch.linspace(0, 4, 900, device=DEVICE).half()[:, None]  # the maximum rises in every block
+    found.append(fault(case, tensors=[q, rising, v]))
+    q[..., 0], k[..., 0] = 200.0, -200.0
+    k[:, :, 450, 0] = 200.0  # one key has all the weight
+    found.append(fault(case, tensors=[q, k, v]))
+    return [words for words in found if words]
+
+
+@part
+def bits():
+    """Ten runs of the same give the same bits, split or not."""
+    found = []
+    for config in (Config(64, 64, 4, 16, 2), Config(128, 128, 2, 7), Config(128, 128, 2)):
+        case = problem(512, 4096)
+        call = JitFlashCuda().prepare(case, *inputs(case), config=config)
+        first = call().clone()
+        found += [f"{config} differs" for _ in range(10) if not torch.equal(call(), first)]
+    return found
+
+
+@part
+def streams():
+    """Two at once on streams of their own, again and again."""
+    case = problem(256, 4096)
+    pairs = [inputs(case, seed) for seed in (1, 2)]
+    calls = [JitFlashCuda().prepare(case, *tensors) for tensors in pairs]
+    right = [call().clone() for call in calls]
+    made = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(50):
+        for call, stream in zip(calls, made):
+            with torch.cuda.stream(stream):
+                call().fill_(math.nan)
+                call()
+        torch.cuda.synchronize()
+        found += [f"{i} differs" for i, (call, out) in enumerate(zip(calls, right)) if not torch.equal(call(), out)]
+    return found
+
+
+@part
+def graphs():
+    """A captured call computes what the inputs hold when it is replayed."""
+    case = problem(128, 2048)
+    q, k, v = inputs(case)
+    call = JitFlashCuda().prepare(case, q, k, v)
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    others = inputs(case, 5)
+    for tensor, other in zip((q, k, v), others):
+        tensor.copy_(other)
+    out.fill_(math.nan)
+    graph.replay()
+    expected = JitFlashCuda().prepare(case, *others)()
+    return [] if torch.equal(out, expected) else ["a replay does not read the inputs"]
+
+
+@part
+def large():
+    """Offsets beyond 2³¹ elements, and more heads than a grid's second dimension has."""
+    found = []
+    case = problem(1, 1, batch=70_000, heads_q=2, head_dim=64)
+    q, k, v = inputs(case)
+    if not torch.equal(JitFlashCuda().prepare(case, q, k, v)(), v):  # of one key
+        found.append(case.case_id)
+    keys = (1 << 24) + 192
+    case = problem(64, keys)
+    shapes = (case.q_shape, case.k_shape, case.v_shape)
+    q, k, v = (torch.zeros(shape, dtype=torch.float16, device=DEVICE) for shape in shapes)
+    k[:, :, -1], q[:] = 4.0, 4.0  # the last key has all the weight
+    v[:, :, -1] = 3.0
+    out = JitFlashCuda().prepare(case, q, k, v)()
+    if not torch.equal(out, torch.full_like(out, 3.0)):
+        found.append(case.case_id)
+    return found
+
+
+@part
+def refused():
+    """What is no layout of TMA's is refused before anything is launched."""
+    case = problem(64, 64)
+    q, k, v = inputs(case)
+    found = []
+    for wrong in (q.mT.contiguous().mT, torch.empty(q.numel() + 1, dtype=q.dtype, device=DEVICE)[1:].view(q.shape)):
+        try:
+            JitFlashCuda().prepare(case, wrong, k, v)
+            found.append(f"took strides {wrong.stride()} at {wrong.data_ptr() % 16}")
+        except ValueError:
+            pass
+    return found
+
+
+results = {}
+for name, function in PARTS.items():
+    try:
+        results[name] = function()
+    except Exception:
+        results[name] = [traceback.format_exc()]
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+print(json.dumps(results))
+'''
+
+PARTS = (
+    *("lengths", "masks", "head_dims", "grouped_heads", "configurations", "layouts", "extremes", "bits", "streams"),
+    *("graphs", "large", "refused"),
+)
+
+
+def test_each_part_of_the_script_is_a_test() -> None:
+    assert tuple(SCRIPT.split("@part\ndef ")[i].partition("(")[0] for i in range(1, len(PARTS) + 1)) == PARTS
+    assert SCRIPT.count("@part\n") == len(PARTS)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[str]]:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("it computes on a Hopper GPU, and torch sees none")
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=env, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_against_float64(found: dict[str, list[str]], part: str) -> None:
+    assert found[part] == []
