@@ -24,7 +24,7 @@ from attnbench_plugins.jit_flash.cuda_config import (
     rounded,
     units,
 )
-from attnbench_plugins.jit_flash.cuda_driver import Kernel, Launch, tensor_map
+from attnbench_plugins.jit_flash.cuda_driver import Kernel, Launch, NoContext, tensor_map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,11 +144,14 @@ class JitFlashCuda(Backend):
         stream_of, current = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
 
         def attend(_owners: tuple[Tensor | None, ...] = (q, k, v, lse)) -> Tensor:
-            if current() == index:
-                launch(stream_of(index))
-            else:
-                with torch.cuda.device(index):
+            try:
+                if current() == index:
                     launch(stream_of(index))
+                    return out
+            except NoContext:  # of a thread in which torch has done nothing yet
+                torch.cuda.synchronize(index)
+            with torch.cuda.device(index):
+                launch(stream_of(index))
             return out
 
         return attend
@@ -279,6 +282,9 @@ def _kernel(path: Path, function: str, shared_bytes: int, cluster: int, device: 
 def active_clusters(device: int) -> Mapping[int, int]:
     """How many clusters of each size the device runs at once, with one block on an SM: its SMs come in groups of
     different sizes, and a cluster lies in one. The device must be the current one."""
+    import torch
+
+    torch.cuda.synchronize(device)  # which makes its context, if nothing else has
     kernel = _kernel(_compiled("occupancy.cu"), "empty", SHARED_BYTES, MAX_CLUSTER, device)
     return {
         size: kernel.active_clusters(

@@ -19,6 +19,7 @@ _NON_PORTABLE_CLUSTER = 14
 _CLUSTER_DIMENSION = 4
 _FLOAT16, _BFLOAT16 = 6, 9
 _SWIZZLE_128B = 3
+_NO_CONTEXT = 201
 _L2_PROMOTION_256B = 3
 PORTABLE_CLUSTER = 8
 """Blocks that a cluster may have on every device that has clusters."""
@@ -26,6 +27,10 @@ PORTABLE_CLUSTER = 8
 
 class DriverError(AttnbenchError):
     """A call of the driver that failed; the message is the driver's own."""
+
+
+class NoContext(DriverError):
+    """A call from a thread that has had no device yet."""
 
 
 class TensorMap(ctypes.Structure):
@@ -117,9 +122,11 @@ class Launch:
         self._arguments = (ctypes.byref(self.config), kernel.handle, pointers, None)
 
     def __call__(self, stream: int) -> None:
-        """Queue it on the stream with this handle. Raises DriverError."""
+        """Queue it on the stream with this handle. Raises NoContext and DriverError."""
         self.config.stream = stream
         if status := self._launch(*self._arguments):
+            if status == _NO_CONTEXT:
+                raise NoContext("cuLaunchKernelEx: this thread has no device")
             raise DriverError(f"cuLaunchKernelEx: {_words(status)}")
 
 
