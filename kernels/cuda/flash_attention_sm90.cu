@@ -49,13 +49,11 @@ constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = ROWS / 64;
 constexpr int CONSUMER_THREADS = CONSUMERS * WARPGROUP;
 constexpr int THREADS = CONSUMER_THREADS + WARPGROUP;
-#ifndef TURNS
-#define TURNS (ROWS == 128)
-#endif
+constexpr bool TURNS = CONSUMERS == 2;
 constexpr int SLICE = (ROWS + CLUSTER - 1) / CLUSTER;  // rows that one block of the cluster adds up; the last ones fewer
-constexpr int PART_ROW = DV + 4;       // floats, of which the last two are nobody's: rows start in different banks
-constexpr int QUERIES = ROWS / PACK;   // of a tile
-constexpr int BOX_COLUMNS = 64;        // of 2 bytes: the 128 bytes of a swizzled row
+constexpr int PART_ROW = DV + 4;      // floats, of which the last two are nobody's: rows start in different banks
+constexpr int QUERIES = ROWS / PACK;  // of a tile
+constexpr int BOX_COLUMNS = 64;       // of 2 bytes: the 128 bytes of a swizzled row
 constexpr int BOX_ROW_BYTES = 128;
 constexpr u32 OUT_BOXES = (D > DV ? D : DV) / BOX_COLUMNS;
 constexpr u32 Q_BYTES = ROWS * OUT_BOXES * BOX_ROW_BYTES;
@@ -81,17 +79,17 @@ struct Divisor {
 };
 
 struct Params {
-    void* out;    // (batch, heads_q, seqlen_q, head_dim_v), contiguous
-    float* lse;   // (batch, heads_q, seqlen_q), contiguous, or null
-    Divisor tiles;         // of one head group: PACK query heads
-    Divisor groups;        // head groups of a batch element
-    Divisor key_groups;    // head groups that share a key head
-    Divisor wave;          // head groups whose tiles are dealt out together, their latest tiles first
-    Divisor last_wave;     // as many as the last wave has
-    u32 all_groups;        // of all batch elements
+    void* out;           // (batch, heads_q, seqlen_q, head_dim_v), contiguous
+    float* lse;          // (batch, heads_q, seqlen_q), contiguous, or null
+    Divisor tiles;       // of one head group: PACK query heads
+    Divisor groups;      // head groups of a batch element
+    Divisor key_groups;  // head groups that share a key head
+    Divisor wave;        // head groups whose tiles are dealt out together, their latest tiles first
+    Divisor last_wave;   // as many as the last wave has
+    u32 all_groups;      // of all batch elements
     int seqlen_q, seqlen_k, head_dim_v;
-    int ahead, behind;  // a query at key position p sees the keys from p - behind to below p + ahead
-    float scale_log2;   // softmax_scale · log2(e)
+    int ahead, behind;   // a query at key position p sees the keys from p - behind to below p + ahead
+    float scale_log2;    // softmax_scale · log2(e)
 };
 }
 
@@ -403,7 +401,7 @@ __device__ __forceinline__ u32 swizzled(u32 base, int rows, int row, int chunk) 
 // o[4c + 2h + e] is row 16·warp + lane/4 + 8h, column 8c + 2·(lane%4) + e, and the same for scores.
 struct Softmax {
     float max_score[2] = {MINUS_INFINITY, MINUS_INFINITY};  // of the scores as they are, not scaled
-    float sum[2] = {0, 0};                        // of this thread's columns
+    float sum[2] = {0, 0};                                  // of this thread's columns
 
     // Turns scores into exp2(scale · (score - max)), and gives the factors for what was summed up before.
     __device__ __forceinline__ void update(float (&s)[KEYS / 2], float scale, float (&factor)[2]) {
