@@ -51,12 +51,13 @@ def call_of(name: str) -> Callable[[], Tensor]:
         a, b, c = (torch.randn(int(size), int(size), dtype=torch.bfloat16, device="cuda") for _ in range(3))
         return lambda: torch.mm(a, b, out=c)
     from attnbench.problem import Problem
-    from attnbench_plugins.sdpa_flash import SdpaFlash
+    from attnbench_plugins.sdpa_flash import attnbench_backends
 
     problem = Problem(seqlen_q=int(size), seqlen_k=int(size), heads_q=16, dtype="bf16", causal=kind == "flash_causal")
     shapes = (problem.q_shape, problem.k_shape, problem.v_shape)
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes)
-    return SdpaFlash().prepare(problem, q, k, v)
+    (flash,) = attnbench_backends()
+    return flash.prepare(problem, q, k, v)
 
 
 def profiled(name: str) -> None:

@@ -35,19 +35,7 @@ class Sdpa(Backend):
         return None
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        from torch.nn.functional import scaled_dot_product_attention
-
-        # torch's is_causal is aligned top-left, which is the same only for as many queries as keys.
-        square = problem.causal and problem.window is None and problem.seqlen_q == problem.seqlen_k
-        mask = None if square else self._mask(problem, q)
-        scale, grouped = problem.softmax_scale, problem.heads_q != problem.heads_kv
-
-        def call() -> Tensor:
-            return scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
-            )
-
-        return call
+        return attending(problem, q, k, v, self._mask)
 
     def _mask(self, problem: Problem, q: Tensor) -> Tensor | None:
         mask: Tensor | None
@@ -70,6 +58,23 @@ class Sdpa(Backend):
         import torch
 
         return torch.get_num_threads()
+
+
+def attending(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, mask_of: Callable[[Problem, Tensor], Tensor | None]
+) -> Callable[[], Tensor]:
+    """The call of scaled_dot_product_attention. `mask_of` gives the mask, if any, where torch's is_causal is not it."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    # torch's is_causal is aligned top-left, which is the same only for as many queries as keys.
+    square = problem.causal and problem.window is None and problem.seqlen_q == problem.seqlen_k
+    mask = None if square else mask_of(problem, q)
+    scale, grouped = problem.softmax_scale, problem.heads_q != problem.heads_kv
+
+    def call() -> Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped)
+
+    return call
 
 
 @hookimpl

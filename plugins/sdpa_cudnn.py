@@ -1,4 +1,4 @@
-"""cuDNN's attention on a GPU, through scaled_dot_product_attention."""
+"""cuDNN's attention on a GPU, through scaled_dot_product_attention. It takes masks, and grouped heads as they are."""
 
 from __future__ import annotations
 
@@ -13,32 +13,29 @@ MAX_HEAD_DIM = 128
 LEAST_VERSION = 90000
 
 
-class SdpaCudnn(SdpaKernel):
-    """It takes masks, and grouped heads as they are."""
+def refusal(problem: Problem) -> str | None:
+    """Why it cannot do a problem."""
+    if problem.dtype == "fp32":
+        return "fp16 and bf16 only"
+    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+        return f"head sizes up to {MAX_HEAD_DIM}"
+    if problem.seqlen_k == 1:
+        return "more than one key"
+    odd: str | None = odd_head_dim(problem, HEAD_DIM_MULTIPLE)
+    return odd
 
-    name = "sdpa_cudnn"
-    kernel = "CUDNN_ATTENTION"
-    least_capability = (8, 0)
 
-    def not_built(self) -> str | None:
-        import torch
+def not_built() -> str | None:
+    """Why this torch does not have it."""
+    import torch
 
-        cudnn: Any = torch.backends.cudnn
-        version = cudnn.version() if cudnn.is_available() else None
-        if version is None:
-            return "this torch has no cuDNN"
-        return None if version >= LEAST_VERSION else f"it needs cuDNN 9, and this torch has {version}"
-
-    def unsupported(self, problem: Problem) -> str | None:
-        if problem.dtype == "fp32":
-            return "fp16 and bf16 only"
-        if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
-            return f"head sizes up to {MAX_HEAD_DIM}"
-        if problem.seqlen_k == 1:
-            return "more than one key"
-        return odd_head_dim(problem, HEAD_DIM_MULTIPLE) or super().unsupported(problem)
+    cudnn: Any = torch.backends.cudnn
+    version = cudnn.version() if cudnn.is_available() else None
+    if version is None:
+        return "this torch has no cuDNN"
+    return None if version >= LEAST_VERSION else f"it needs cuDNN 9, and this torch has {version}"
 
 
 @hookimpl
 def attnbench_backends() -> Iterable[Backend]:
-    return [SdpaCudnn()]
+    return [SdpaKernel("sdpa_cudnn", "CUDNN_ATTENTION", refusal, least_capability=(8, 0), not_built=not_built)]

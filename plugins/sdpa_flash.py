@@ -1,4 +1,7 @@
-"""torch's flash attention on a GPU (FlashAttention-2), through scaled_dot_product_attention."""
+"""torch's flash attention on a GPU (FlashAttention-2), through scaled_dot_product_attention.
+
+It takes no mask but a causal one, and grouped heads as they are.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,26 @@ from attnbench_plugins.sdpa_kernels import SdpaKernel
 MAX_HEAD_DIM = 256
 
 
-class SdpaFlash(SdpaKernel):
-    """No mask but a causal one. Grouped heads are read in place."""
+def refusal(problem: Problem) -> str | None:
+    """Why it cannot do a problem."""
+    if problem.dtype == "fp32":
+        return "fp16 and bf16 only"
+    if problem.head_dim != problem.head_dim_v:
+        return "one head size for q, k and v"
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"head sizes up to {MAX_HEAD_DIM}"
+    return "no mask but a causal one" if problem.window is not None else None
 
-    name = "sdpa_flash"
-    kernel = "FLASH_ATTENTION"
-    least_capability = (8, 0)
-    lower_right = True
 
-    def not_built(self) -> str | None:
-        import torch
+def not_built() -> str | None:
+    """Why this torch does not have it."""
+    import torch
 
-        built = torch.backends.cuda.is_flash_attention_available()
-        return None if built else "this torch is built without flash attention"
-
-    def unsupported(self, problem: Problem) -> str | None:
-        if problem.dtype == "fp32":
-            return "fp16 and bf16 only"
-        if problem.head_dim != problem.head_dim_v:
-            return "one head size for q, k and v"
-        if problem.head_dim > MAX_HEAD_DIM:
-            return f"head sizes up to {MAX_HEAD_DIM}"
-        if problem.window is not None:
-            return "no mask but a causal one"
-        return super().unsupported(problem)
+    built = torch.backends.cuda.is_flash_attention_available()
+    return None if built else "this torch is built without flash attention"
 
 
 @hookimpl
 def attnbench_backends() -> Iterable[Backend]:
-    return [SdpaFlash()]
+    own = {"least_capability": (8, 0), "not_built": not_built, "lower_right": True}
+    return [SdpaKernel("sdpa_flash", "FLASH_ATTENTION", refusal, **own)]

@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention held to one of its kernels on a GPU. Knows what each kernel refuses.
+"""torch's scaled_dot_product_attention held to one of its kernels on a GPU. Knows none: each has a plugin of its own.
 
 The limits are those of torch's own checks (sdp_utils.cpp); what torch refuses beyond them is a RUNTIME_ERROR.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from attnbench import Problem
+from attnbench import Backend, Problem
 from attnbench.problem import DeviceKind
-from attnbench_plugins.sdpa import Sdpa
+from attnbench_plugins.sdpa import Sdpa, attending
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,41 +19,57 @@ HEAD_DIM_MULTIPLE = 8
 """Of the kernels that load 16 bytes at once, in fp16 and bf16."""
 
 
-class SdpaKernel(Sdpa):
-    """sdpa on a GPU with one kernel of the four. A plugin names it, its place in torch, and what it takes."""
+class SdpaKernel(Backend):
+    """sdpa on a GPU with one of its four kernels."""
 
-    kernel: str
-    """Its name in torch.nn.attention.SDPBackend."""
-    least_capability: tuple[int, int] = (5, 0)
-    """Compute capability that it needs."""
-    lower_right = False
-    """Whether it has a causal mask aligned bottom-right of its own, so that none is built."""
+    device: DeviceKind = "cuda"
 
-    def __init__(self) -> None:
-        device: DeviceKind = "cuda"
-        super().__init__(device)
-        self.summary = f"sdpa's {self.kernel.lower().replace('_', ' ')} kernel alone (torch)"
+    def __init__(
+        self,
+        name: str,
+        kernel: str,
+        refusal: Callable[[Problem], str | None],
+        *,
+        least_capability: tuple[int, int] = (5, 0),
+        not_built: Callable[[], str | None] = lambda: None,
+        lower_right: bool = False,
+        zeros: bool = False,
+    ) -> None:
+        """`kernel` is its name in torch.nn.attention.SDPBackend, `refusal` why it cannot do a problem, `not_built` why
+        this torch does not have it, and `least_capability` the compute capability that it needs.
+
+        With `lower_right` it has a causal mask aligned bottom-right of its own, so that none is built; with `zeros` it
+        gives zeros to a query that sees no key.
+        """
+        self._sdpa: Backend = Sdpa("cuda")
+        self.name, self.homepage = name, self._sdpa.homepage
+        self.summary = f"sdpa's {kernel.lower().replace('_', ' ')} kernel alone (torch)"
+        self.kernel = kernel
+        self._refusal, self._least_capability, self._not_built = refusal, least_capability, not_built
+        self._lower_right, self._zeros = lower_right, zeros
 
     def unavailable(self) -> str | None:
-        reason = super().unavailable()
+        reason = self._sdpa.unavailable()
         if reason is not None:
             return reason
         import torch
 
         capability = torch.cuda.get_device_capability()
-        if capability < self.least_capability:
-            has, needs = (".".join(map(str, pair)) for pair in (capability, self.least_capability))
+        if capability < self._least_capability:
+            has, needs = (".".join(map(str, pair)) for pair in (capability, self._least_capability))
             return f"it needs a GPU of compute capability {needs}, and this one has {has}"
-        return self.not_built()
+        return self._not_built()
 
-    def not_built(self) -> str | None:
-        """Why this torch does not have it; None where it does."""
-        return None
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.direction == "fwd" and self._zeros:
+            return self._refusal(problem)
+        return self._refusal(problem) or self._sdpa.unsupported(problem)
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        attend, kernel = super().prepare(problem, q, k, v), getattr(SDPBackend, self.kernel)
+        attend: Callable[[], Tensor] = attending(problem, q, k, v, self._mask)
+        kernel = getattr(SDPBackend, self.kernel)
 
         def call() -> Tensor:
             with sdpa_kernel(kernel):
@@ -67,9 +83,12 @@ class SdpaKernel(Sdpa):
         from attnbench_plugins.masks import visible
 
         # Where the kernel has none of its own, torch would build the mask of a causal_lower_right anew at each call…
-        if self.lower_right and problem.causal and problem.window is None:
-            return super()._mask(problem, q)
-        seen = visible(problem, q.device)
+        if self._lower_right and problem.causal and problem.window is None:
+            from torch.nn.attention.bias import causal_lower_right
+
+            own: Tensor = causal_lower_right(problem.seqlen_q, problem.seqlen_k)
+            return own
+        seen: Tensor | None = visible(problem, q.device)
         # …and of a mask of booleans one to be added, which is therefore what it gets.
         return None if seen is None else torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
 

@@ -25,6 +25,7 @@ from attnbench.registry import BackendInfo, EntryPointRef
 from attnbench.testing import BackendConformance
 from attnbench.testing.check import Outcome, check, table
 from attnbench.testing.conform import _run, every_test
+from attnbench_plugins import sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
 from attnbench_plugins.flex_attention import FlexAttention
 from attnbench_plugins.gemm_ref import GemmRef
 from attnbench_plugins.jit_flash.cpu import JitFlashCpu
@@ -32,10 +33,6 @@ from attnbench_plugins.npu_fused_attention import NpuFusedAttention
 from attnbench_plugins.onnxruntime import OnnxRuntime
 from attnbench_plugins.openvino import OpenVino
 from attnbench_plugins.sdpa import Sdpa
-from attnbench_plugins.sdpa_cudnn import SdpaCudnn
-from attnbench_plugins.sdpa_efficient import SdpaEfficient
-from attnbench_plugins.sdpa_flash import SdpaFlash
-from attnbench_plugins.sdpa_math import SdpaMath
 from attnbench_plugins.sdpa_upcast import SdpaUpcast
 
 
@@ -378,7 +375,8 @@ def test_every_built_in_backend_of_a_cpu_is_under_the_kit_here() -> None:
 
 OF_OTHER_DEVICES = (
     *(GemmRef("cuda"), GemmRef("npu"), Sdpa("cuda"), NpuFusedAttention()),
-    *(SdpaFlash(), SdpaCudnn(), SdpaEfficient(), SdpaMath(), FlexAttention()),
+    FlexAttention(),
+    *(b for module in (sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math) for b in module.attnbench_backends()),
 )
 
 

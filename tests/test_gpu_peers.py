@@ -20,14 +20,11 @@ from attnbench.reference import Reference, make_inputs
 from attnbench_plugins import flex_attention, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
 from attnbench_plugins.flex_attention import FlexAttention, mask_mod
 from attnbench_plugins.masks import visible
-from attnbench_plugins.sdpa_cudnn import SdpaCudnn
-from attnbench_plugins.sdpa_efficient import SdpaEfficient
-from attnbench_plugins.sdpa_flash import SdpaFlash
 from attnbench_plugins.sdpa_kernels import SdpaKernel
-from attnbench_plugins.sdpa_math import SdpaMath
 
-FLASH, CUDNN, EFFICIENT, MATH, FLEX = SdpaFlash(), SdpaCudnn(), SdpaEfficient(), SdpaMath(), FlexAttention()
-KERNELS = (FLASH, CUDNN, EFFICIENT, MATH)
+MODULES = (sdpa_flash, sdpa_cudnn, sdpa_efficient, sdpa_math)
+FLASH, CUDNN, EFFICIENT, MATH = KERNELS = [backend for module in MODULES for backend in module.attnbench_backends()]
+FLEX = FlexAttention()
 PEERS = (*KERNELS, FLEX)
 FULLY_MASKED = "torch's CUDA kernels give a query that sees no key other values than zeros"
 NEWEST = "no grouped heads, which it takes in the newest versions of torch alone"
@@ -41,8 +38,7 @@ def problem(seqlen_q: int = 128, seqlen_k: int = 256, dtype: Dtype = "fp16", **f
 
 
 def test_each_plugin_brings_one_backend_of_its_own_name_on_a_gpu() -> None:
-    modules = (sdpa_flash, sdpa_cudnn, sdpa_efficient, sdpa_math, flex_attention)
-    backends = [backend for module in modules for backend in module.attnbench_backends()]
+    backends = [*KERNELS, *flex_attention.attnbench_backends()]
     names = ["sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "flex_attention"]
     assert [(backend.name, backend.device) for backend in backends] == [(name, "cuda") for name in names]
     assert all(backend.summary and backend.homepage for backend in backends)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -96,7 +96,8 @@ class Timing:
 
     def total_us(self, calls: int) -> float:
         """What so many calls, those that were timed, took together."""
-        return sum(map(operator.mul, self.times_us, sample_sizes(calls, self.calls_a_sample)))
+        sizes = sample_sizes(calls, self.calls_a_sample)
+        return math.fsum(time_us * size for time_us, size in zip(self.times_us, sizes))
 
 
 class Device(Protocol):
