@@ -219,3 +219,33 @@ def test_without_a_gpu_or_ncu_the_reason_is_exit_2(cuda_timing) -> None:
         assert "torch" in done.stderr
     with pytest.raises(ValueError, match="/no/ncu cannot be started: No such file"):
         cuda_timing["profile"]("/no/ncu", "softmax")
+
+
+def test_configurations_of_the_cuda_kernel_are_chosen_by_a_model_that_meets_what_was_measured() -> None:
+    done = subprocess.run([sys.executable, FOLDER / "cuda_configs.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = _cells(done.stdout)
+    assert len(rows) == 2 + 20 + 2 + 2
+    assert [row[-1] for row in rows[-2:]] == ["ok", "ok"]
+
+
+def test_a_model_that_misses_what_was_measured_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    import cuda_configs
+
+    times = {case: {config: us * 1.2 for config, us in found.items()} for case, found in _measured().items()}
+    choices, both = cuda_configs.tables(times, cuda_configs.H100)
+    assert [row[-1] for row in both.rows] == ["MISSED", "ok"]
+    slow = {case: {config: us * config.keys for config, us in found.items()} for case, found in _measured().items()}
+    choices, _ = cuda_configs.tables(slow, cuda_configs.H100)
+    assert choices.missed > 0
+    cuda_configs.write(tmp_path / "times.csv", ((case, *pair) for case in times for pair in times[case].items()))
+    assert cuda_configs.read(tmp_path / "times.csv") == {
+        case: {config: pytest.approx(us, abs=1e-3) for config, us in found.items()} for case, found in times.items()
+    }
+
+
+def _measured():
+    import cuda_configs
+
+    return cuda_configs.read(cuda_configs.DATA)
