@@ -24,7 +24,7 @@ from attnbench_plugins.jit_flash.cuda_config import Config, choose, configs, pac
 
 ROOT = Path(__file__).parents[1]
 H100 = {1: 132, 2: 66, 3: 43, 4: 31, 6: 20, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
-"""Clusters that an H100 runs at once, by their size; sizes that were not asked for are left out."""
+"""Clusters that an H100 runs at once, by their size."""
 
 
 def problem(seqlen_q: int, seqlen_k: int, **fields) -> Problem:
@@ -251,7 +251,9 @@ def test_clusters_above_eight_are_asked_for(driver: FakeDriver) -> None:
         (problem(8, 8, dtype="fp32"), "fp32: the kernel takes fp16 and bf16"),
         (problem(8, 8, head_dim=44), "head_dim 44 is no multiple of 8 up to 256"),
         (problem(8, 8, head_dim_v=264), "head_dim_v 264 is no multiple of 8 up to 256"),
-        (problem(8, 8, softmax_scale=1e-40), "softmax_scale 1e-40 is beyond what fp32 holds"),
+        (problem(8, 8, softmax_scale=1e-40), "softmax_scale 1e-40 is not between 1e-38 and 1e+06"),
+        (problem(8, 8, softmax_scale=2e6), "softmax_scale 2e+06 is not between 1e-38 and 1e+06"),
+        (problem(8, 8, softmax_scale=1e6), None),
         (problem(8, 2**29 + 1), "more than 536870912 queries or keys"),
         (problem(2**20, 8, batch=2048), "more blocks than a grid may have"),
         (problem(8, 8, dtype="bf16", head_dim=8, head_dim_v=256, causal=True, window=3, heads_q=6, heads_kv=2), None),

@@ -81,9 +81,10 @@ def _load(path: Path) -> Any:
         for builtins in path.parent.glob("libnvrtc-builtins.so*"):  # it asks the loader for them by name alone
             ctypes.CDLL(str(builtins))
         library = ctypes.CDLL(str(path))
-    except OSError as error:
+        library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        _ = library.nvrtcGetCUBIN  # of CUDA 11.1 and newer
+    except (OSError, AttributeError) as error:
         raise ToolchainMissing(f"NVRTC does not load: {error}", "reinstall it, or install the CUDA toolkit") from error
-    library.nvrtcGetErrorString.restype = ctypes.c_char_p
     return library
 
 

@@ -19,11 +19,11 @@
 //
 // Shared memory, from a base aligned to 1024 bytes (128-byte swizzle, as TMA writes it and wgmma reads it):
 //
-//     Q        D/64 boxes of ROWS × 128 bytes; the output's 16-bit rows pass through here where there is one part
+//     Q        max(D, DV)/64 boxes of ROWS × 128 bytes: the output's 16-bit rows pass through here where there is one part
 //     ring     STAGES × (K: D/64 boxes of KEYS × 128 bytes, V: DV/64 of them)
 //     received CLUSTER × SLICE rows of DV + 4 floats: O, m, l. Where there is no room for it apart (see APART), it lies
 //              over Q and the ring, which then must have been read by the whole cluster before anybody sends
-//     staged   ROWS rows of DV + 4 floats, over the ring
+//     staged   ROWS rows of DV + 4 floats, over the ring or, where that is not apart, behind received
 //     barriers q_full, received, k_full, k_empty, v_full, v_empty [STAGES]
 //
 // The source compiles for one configuration, given as macros:

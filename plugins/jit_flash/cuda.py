@@ -5,6 +5,7 @@ Knows nothing of the kernel's insides; its configurations are cuda_config.py's.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -16,7 +17,7 @@ from attnbench import jit
 from attnbench.backend import Backend
 from attnbench.problem import DeviceKind, Problem
 from attnbench_plugins.jit_flash.cuda_config import (
-    MAX_CLUSTER,
+    CLUSTERS,
     SHARED_BYTES,
     Config,
     choose,
@@ -29,15 +30,16 @@ from attnbench_plugins.jit_flash.cuda_driver import Kernel, Launch, NoContext, t
 if TYPE_CHECKING:
     from torch import Tensor
 
-CAPABILITY = (9, 0)
+ARCH, CAPABILITY = "sm_90a", (9, 0)
 """Whose instructions the kernel uses (wgmma, TMA); other devices have none or others."""
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 1 << 29
 """Positions and their differences fit into 32 bits."""
 MAX_BLOCKS = (1 << 31) - 1
 """Of a grid, and the kernel's divisions hold below that."""
-MIN_SCALE, MAX_SCALE = 1e-38, 2e38
-"""Times log2(e), which is how the kernel uses it, it is a normal float between these."""
+MIN_SCALE, MAX_SCALE = 1e-38, 1e6
+"""The first, times log2(e), is a normal float. The kernel rounds scores times that before it subtracts the maximum: with
+the last, normal inputs still give what they should (docs/kernels/cuda.md says what is too large)."""
 LOG2_E = 1.4426950408889634
 CAUSAL_WAVE = 4
 """Heads whose tiles are dealt out together, longest first: 1 and 2 were up to 3% slower, 8 up to 8% (64 and 16 heads of
@@ -101,10 +103,10 @@ class JitFlashCuda(Backend):
             if getattr(problem, name) % 8 or getattr(problem, name) > MAX_HEAD_DIM:
                 return f"{name} {getattr(problem, name)} is no multiple of 8 up to {MAX_HEAD_DIM}"
         if not MIN_SCALE <= problem.softmax_scale <= MAX_SCALE:
-            return f"softmax_scale {problem.softmax_scale:g} is beyond what fp32 holds"
+            return f"softmax_scale {problem.softmax_scale:g} is not between {MIN_SCALE:g} and {MAX_SCALE:g}"
         if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
             return f"more than {MAX_SEQLEN} queries or keys"
-        if problem.batch * problem.heads_q * -(-problem.seqlen_q // 64) * 4 * MAX_CLUSTER > MAX_BLOCKS:
+        if problem.batch * problem.heads_q * -(-problem.seqlen_q // 64) * 4 * CLUSTERS[-1] > MAX_BLOCKS:
             return "more blocks than a grid may have"
         return None
 
@@ -126,9 +128,13 @@ class JitFlashCuda(Backend):
         """
         import torch
 
+        if reason := self.unsupported(problem):
+            raise ValueError(reason)
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[problem.dtype]
         for name, tensor in {"q": q, "k": k, "v": v}.items():
             _require(problem, name, tensor, dtype)
+            if tensor.device != q.device:
+                raise ValueError(f"{name} is on {tensor.device}, and q on {q.device}")
         if lse is not None and not (
             lse.shape == problem.out_shape[:3]
             and lse.dtype == torch.float32
@@ -139,6 +145,7 @@ class JitFlashCuda(Backend):
         out = torch.empty(problem.out_shape, dtype=dtype, device=q.device)
         index = q.device.index
         with torch.cuda.device(index):
+            torch.cuda.synchronize()  # which gives this thread the device's context
             config = config or choose(problem, active_clusters(index))
             launch = _launch(problem, config, q, k, v, out, lse)
         stream_of, current = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
@@ -160,10 +167,10 @@ class JitFlashCuda(Backend):
         """The SMs that have a block of it."""
         import torch
 
-        index = torch.cuda.current_device()
-        config = choose(problem, active_clusters(index))
-        sms = torch.cuda.get_device_properties(index).multi_processor_count
-        return int(min(sms, units(problem, config) * config.cluster))
+        torch.cuda.synchronize()  # which gives this thread the device's context
+        clusters = active_clusters(torch.cuda.current_device())
+        config = choose(problem, clusters)
+        return int(min(units(problem, config), clusters[config.cluster]) * config.cluster)
 
 
 def _require(problem: Problem, name: str, tensor: Tensor, dtype: object) -> None:
@@ -263,11 +270,16 @@ def _compiled(source: str, flags: Sequence[str] = ()) -> Path:
 
 
 def _toolchain() -> jit.Toolchain:
-    """NVRTC, which compiles the kernel in half of nvcc's time and comes with torch; else nvcc."""
-    arch = "sm_90a"
-    if jit.missing(lambda: jit.nvrtc_toolchain(arch)) is None:
-        return jit.nvrtc_toolchain(arch)
-    return jit.cuda_toolchain(arch, cubin=True)
+    """NVRTC, which compiles the kernel in half of nvcc's time and comes with torch; else nvcc.
+
+    Raises ToolchainMissing, with what to install, where there is neither.
+    """
+    try:
+        return jit.nvrtc_toolchain(ARCH)
+    except jit.ToolchainMissing as error:
+        with contextlib.suppress(jit.ToolchainMissing):
+            return jit.cuda_toolchain(ARCH, cubin=True)
+        raise error
 
 
 @lru_cache
@@ -282,13 +294,10 @@ def _kernel(path: Path, function: str, shared_bytes: int, cluster: int, device: 
 def active_clusters(device: int) -> Mapping[int, int]:
     """How many clusters of each size the device runs at once, with one block on an SM: its SMs come in groups of
     different sizes, and a cluster lies in one. The device must be the current one."""
-    import torch
-
-    torch.cuda.synchronize(device)  # which makes its context, if nothing else has
-    kernel = _kernel(_compiled("occupancy.cu"), "empty", SHARED_BYTES, MAX_CLUSTER, device)
+    kernel = _kernel(_compiled("occupancy.cu"), "empty", SHARED_BYTES, CLUSTERS[-1], device)
     return {
         size: kernel.active_clusters(
             Launch(kernel, blocks=size, threads=128, cluster=size, shared_bytes=SHARED_BYTES, arguments=())
         )
-        for size in range(1, MAX_CLUSTER + 1)
+        for size in CLUSTERS
     }

@@ -62,7 +62,7 @@ class _LaunchConfig(ctypes.Structure):
 
 @lru_cache
 def _driver() -> Any:
-    # PyDLL keeps the GIL: giving it up costs more than a launch takes, and two threads may share a Launch.
+    # PyDLL keeps the GIL, since giving it up and getting it back costs more than a launch takes.
     return ctypes.PyDLL("libcuda.so.1")
 
 
@@ -117,14 +117,20 @@ class Launch:
             attributes=ctypes.pointer(self._attribute),
             attribute_count=1,
         )
-        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        self._pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         self._launch = _driver().cuLaunchKernelEx
-        self._arguments = (ctypes.byref(self.config), kernel.handle, pointers, None)
+        self._by_stream: dict[int, tuple[Any, ...]] = {}
+        """What is launched on each stream: one that is changed before each launch is no good to two threads."""
 
     def __call__(self, stream: int) -> None:
         """Queue it on the stream with this handle. Raises NoContext and DriverError."""
-        self.config.stream = stream
-        if status := self._launch(*self._arguments):
+        arguments = self._by_stream.get(stream)
+        if arguments is None:
+            config = _LaunchConfig.from_buffer_copy(self.config)
+            config.stream = stream
+            arguments = (ctypes.byref(config), self._kept[0].handle, self._pointers, None)
+            self._by_stream[stream] = arguments
+        if status := self._launch(*arguments):
             if status == _NO_CONTEXT:
                 raise NoContext("cuLaunchKernelEx: this thread has no device")
             raise DriverError(f"cuLaunchKernelEx: {_words(status)}")
