@@ -149,14 +149,16 @@ def test_a_run_that_was_made_differently_is_refused_and_left_alone(copy, words, 
     assert {path.name: path.read_bytes() for path in (copy / "r").iterdir()} == before
 
 
-def test_another_environment_is_refused_saying_how(copy):
+def test_another_environment_or_way_of_timing_is_refused_saying_how(copy):
     path = copy / "r" / "run.json"
     header = json.loads(path.read_text())
     header["environment"]["libraries"]["torch"] = "1.0"
+    header["timing_method"] = "device_events"
     path.write_text(json.dumps(header))
     answer = go("run", "--resume", "r", cwd=copy)
     assert answer.code == 2
     assert "environment.libraries.torch was 1.0 and is " in answer.problem
+    assert "timing_method was device_events and is host_clock" in answer.problem
 
 
 @pytest.mark.parametrize(
