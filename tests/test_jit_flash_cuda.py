@@ -306,10 +306,66 @@ def layout(tensor: torch.Tensor, *, offset: int = 0, neg: bool = False) -> Simpl
 def test_layouts_that_tma_takes_and_those_it_does_not(tensor: SimpleNamespace, message: str | None) -> None:
     case = problem(64, 64, batch=2, heads_q=3, head_dim=64)
     if message is None:
-        cuda._require(case, "q", tensor, torch.float32)
+        cuda._require(case, "q", tensor, torch.float32, torch.device("cuda:0"))
     else:
         with pytest.raises(ValueError, match=message):
-            cuda._require(case, "q", tensor, torch.float32)
+            cuda._require(case, "q", tensor, torch.float32, torch.device("cuda:0"))
+
+
+def test_all_tensors_are_on_one_gpu() -> None:
+    case = problem(64, 64, batch=2, heads_q=3, head_dim=64)
+    with pytest.raises(ValueError, match="k is on cuda:0, and q on cuda:1"):
+        cuda._require(case, "k", layout(torch.zeros(case.k_shape)), torch.float32, torch.device("cuda:1"))
+
+
+def test_a_problem_that_it_does_not_support_is_refused_by_prepare_too() -> None:
+    case = problem(64, 64, dtype="fp32")
+    with pytest.raises(ValueError, match="fp32: the kernel takes fp16 and bf16"):
+        JitFlashCuda().prepare(case, *(torch.zeros(case.q_shape) for _ in range(3)))
+
+
+def test_two_threads_launch_on_streams_of_their_own(driver: FakeDriver) -> None:
+    """What is handed to the driver for one stream is never changed for another."""
+    case = problem(64, 64)
+    q, k, v = (torch.empty(case.q_shape, dtype=torch.float16) for _ in range(3))
+    launch = cuda._launch(case, Config(64, 64, 4), q, k, v, torch.empty_like(q), None)
+    seen = []
+    launch._launch = lambda config, *rest: seen.append(config._obj) or 0
+    for stream in (1, 2, 1):
+        launch(stream)
+    assert [config.stream for config in seen] == [1, 2, 1]
+    assert seen[0] is seen[2]
+
+
+def test_how_many_sms_have_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "active_clusters", lambda device: H100)
+    for case in (problem(128, 1024), problem(8192, 8192, heads_q=8), problem(1, 32768, heads_q=32)):
+        config = choose(case, H100)
+        busy = min(units(case, config), H100[config.cluster]) * config.cluster
+        assert JitFlashCuda().parallel_units(case) == busy <= 132
+
+
+@pytest.mark.parametrize("there", [(), ("nvcc",), ("nvrtc",), ("nvcc", "nvrtc")])
+def test_nvrtc_is_taken_before_nvcc_and_asked_for_where_there_is_neither(
+    monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...]
+) -> None:
+    def toolchain(name: str):
+        def make(arch: str, **options: bool) -> str:
+            if name not in there:
+                raise jit.ToolchainMissing(f"there is no {name}", f"install {name}")
+            return f"{name} {arch} {options}"
+
+        return make
+
+    monkeypatch.setattr(jit, "nvrtc_toolchain", toolchain("nvrtc"))
+    monkeypatch.setattr(jit, "cuda_toolchain", toolchain("nvcc"))
+    if not there:
+        assert jit.missing(cuda._toolchain) == "there is no nvrtc: install nvrtc"
+    else:
+        expected = {"nvrtc": "nvrtc sm_90a {}", "nvcc": "nvcc sm_90a {'cubin': True}"}
+        assert cuda._toolchain() == expected[there[-1]]
 
 
 @pytest.mark.parametrize(
@@ -394,6 +450,16 @@ def test_without_nvrtc_the_hint_says_what_to_install(monkeypatch: pytest.MonkeyP
     with pytest.raises(jit.ToolchainMissing) as error:
         jit.nvrtc_toolchain("sm_90a")
     assert (error.value.message, error.value.hint) == ("there is no NVRTC", "pip install 'attnbench[cuda]'")
+
+
+def test_a_library_that_is_no_nvrtc_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "lib64").mkdir()
+    other = jit.compile("int x;").path
+    (tmp_path / "lib64" / "libnvrtc.so.13").write_bytes(other.read_bytes())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("attnbench.settings.cuda_homes", lambda: [str(tmp_path)])
+    with pytest.raises(jit.ToolchainMissing, match=r"NVRTC does not load: .*nvrtcGet"):
+        jit.nvrtc_toolchain("sm_90a")
 
 
 def test_an_nvrtc_that_does_not_load_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
