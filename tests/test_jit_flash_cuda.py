@@ -24,7 +24,7 @@ from attnbench_plugins.jit_flash.cuda_config import Config, choose, configs, pac
 
 ROOT = Path(__file__).parents[1]
 H100 = {1: 132, 2: 66, 3: 43, 4: 31, 6: 20, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
-"""Clusters that an H100 runs at once, by their size."""
+"""Clusters that an H100 runs at once, by their size (benchmarks/cuda_configs.py)."""
 
 
 def problem(seqlen_q: int, seqlen_k: int, **fields) -> Problem:
