@@ -32,7 +32,7 @@ from attnbench_plugins.jit_flash.cuda_config import Config, configs, predicted_u
 DATA = Path(__file__).with_name("h100_configs.csv")
 FIELDS = ("rows", "keys", "stages", "cluster", "split_v")
 H100 = {1: 132, 2: 66, 3: 43, 4: 31, 6: 20, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
-"""Clusters that the H100 of h100_configs.csv ran at once, by their size: asked of it for 1, 8 and 16, for the others taken
+"""Clusters that the H100 of h100_configs.csv ran at once, by their size: asked of it for 1, 8 and 16, for others taken
 from the times, which jump where one more has to wait."""
 LEAST_BLOCKS, CALLS = 30, 300
 MEETS, MEAN, WORST = 0.05, 1.02, 1.08
