@@ -50,9 +50,18 @@ def cuda_timing() -> str:
 
     Raises AttnbenchError where it is anything else.
     """
-    value = os.environ.get("ATTNBENCH_CUDA_TIMING") or "graph"
+    return _timing("ATTNBENCH_CUDA_TIMING")
+
+
+def npu_timing() -> str:
+    """ATTNBENCH_NPU_TIMING: the same on an Ascend NPU."""
+    return _timing("ATTNBENCH_NPU_TIMING")
+
+
+def _timing(name: str) -> str:
+    value = os.environ.get(name) or "graph"
     if value not in ("graph", "events"):
-        raise AttnbenchError(f"ATTNBENCH_CUDA_TIMING must be graph or events, not {value!r}")
+        raise AttnbenchError(f"{name} must be graph or events, not {value!r}")
     return value
 
 
