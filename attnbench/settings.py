@@ -18,6 +18,14 @@ else:
     import tomli as tomllib
 
 
+def leave_torch_alone() -> None:
+    """Let torch import no device's package by itself, unless TORCH_DEVICE_BACKEND_AUTOLOAD says otherwise.
+
+    `import torch` fails where such a package does; a device of attnbench's imports its own, and tells why it cannot.
+    """
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+
 def plugins() -> frozenset[str] | None:
     """ATTNBENCH_PLUGINS: comma-separated entry-point names to load; empty loads none, unset loads all (None).
 

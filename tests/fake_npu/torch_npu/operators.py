@@ -157,24 +157,29 @@ def _attend(query, key, value, scale, hidden, *, blind_rows=True):
     A row that sees no key is zeros, or with blind_rows=False the mean of all values.
     """
     q, k, v = (on(tensor, "cpu") for tensor in (query, key, value))
-    out = torch.empty_like(q)
-    fault, group = os.environ.get("FAKE_NPU_FAULT", ""), q.shape[1] // k.shape[1]
+    out, fault = torch.empty_like(q), os.environ.get("FAKE_NPU_FAULT", "")
 
     def work():
-        keys = k.shape[2] // 2 if fault == "drop_tail" else k.shape[2]
-        wide_k, wide_v = (t[:, :, :keys].float().repeat_interleave(group, 1) for t in (k, v))
-        scores = q.float() @ wide_k.transpose(-1, -2) * scale
-        if hidden is not None:
-            scores = scores.masked_fill(hidden[:, :keys], -1e30)
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        if fault != "unnormalised":
-            weights = weights / weights.sum(-1, keepdim=True)
-        result = weights @ wide_v
-        if hidden is not None and blind_rows:
-            result = result.masked_fill(hidden.all(-1)[:, None], 0.0)
-        out.copy_(result)
+        if fault != "noop":
+            out.copy_(attention(q, k, v, scale, hidden, blind_rows=blind_rows, fault=fault))
 
     flops = 4 * q.numel() * k.shape[2]
-    us = FLAT_US if fault == "flat" else 5.0 + flops / 150e6
-    MACHINE.enqueue((lambda: None) if fault == "noop" else work, us)
+    MACHINE.enqueue(work, FLAT_US if fault == "flat" else 5.0 + flops / 150e6)
     return on(out, "npu")
+
+
+def attention(q, k, v, scale, hidden, *, blind_rows=True, fault=""):
+    """Of the host's tensors, in fp32."""
+    keys = k.shape[2] // 2 if fault == "drop_tail" else k.shape[2]
+    group = q.shape[1] // k.shape[1]
+    wide_k, wide_v = (t[:, :, :keys].float().repeat_interleave(group, 1) for t in (k, v))
+    scores = q.float() @ wide_k.transpose(-1, -2) * scale
+    if hidden is not None:
+        scores = scores.masked_fill(hidden[:, :keys], -1e30)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    if fault != "unnormalised":
+        weights = weights / weights.sum(-1, keepdim=True)
+    result = weights @ wide_v
+    if hidden is not None and blind_rows:
+        result = result.masked_fill(hidden.all(-1)[:, None], 0.0)
+    return result
