@@ -76,6 +76,7 @@ class Machine:
     def __init__(self):
         self.default = self.current = Stream()
         self.queue = []
+        self.capturing = False
         self.refused = ""
         """What invalidated the capture that goes on."""
 

@@ -103,15 +103,17 @@ class NPUGraph:
     def capture_begin(self, pool=None, capture_error_mode="global"):
         if os.environ.get("TASK_QUEUE_ENABLE") == "2":
             raise RuntimeError("Do not support TASK_QUEUE_ENABLE = 2 during NPU graph capture")
+        if MACHINE.capturing:
+            raise RuntimeError("another capture goes on")
         if MACHINE.current is MACHINE.default:
             raise RuntimeError("NPU graphs must be captured on a non-default stream")
         MACHINE.drain()
-        self._queue, MACHINE.refused = MACHINE.current, ""
+        self._queue, MACHINE.capturing, MACHINE.refused = MACHINE.current, True, ""
         self._queue.capture = []
 
     def capture_end(self):
         MACHINE.drain()
-        self._tasks, self._queue.capture = self._queue.capture, None
+        self._tasks, self._queue.capture, MACHINE.capturing = self._queue.capture, None, False
         if MACHINE.refused:
             self._tasks = None
             raise RuntimeError(f"the capture has failed: {MACHINE.refused}")
