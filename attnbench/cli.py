@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from attnbench import settings
 from attnbench.console import Progress, complain, data_stream, say, write, write_json, write_table
 from attnbench.errors import AttnbenchError, ExitCode
 from attnbench.options import (
@@ -420,7 +421,6 @@ def env(no_plugin: NoPlugin = None, python: Python = None, as_json: AsJson = Fal
 def cache_show() -> None:
     """Show where compiled kernels are kept, and which."""
     with data_stream() as out:
-        from attnbench import settings
         from attnbench.jit import cache
 
         kept = cache.default()
@@ -664,6 +664,7 @@ def _with_values(words: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Turns every expected error into a line, a hint and an exit code."""
     words = _with_values(sys.argv[1:] if arguments is None else arguments)
+    settings.leave_torch_alone()
     try:
         code = app(words, prog_name="attnbench", standalone_mode=False)
     except AttnbenchError as error:

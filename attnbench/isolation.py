@@ -22,7 +22,7 @@ from attnbench.devices import MOST_CALLS_A_CHANGE, Timing
 from attnbench.environment import one_line
 from attnbench.problem import DeviceKind, Problem
 from attnbench.registry import BackendInfo
-from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, HOST_CLOCK, MAX_TIME_US, Status, sample_sizes
+from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, HOST_CLOCK, MAX_TIME_US, NPU_GRAPH, Status, sample_sizes
 from attnbench.wire import VERSION, Channel, Closed, NoAnswer, Region, WireError
 from attnbench.worker import CaseFailed, Timed
 
@@ -282,7 +282,7 @@ class _WallClock:
             raise CaseFailed(Status.TAMPERED, claim)
 
 
-_METHODS = {"cpu": (HOST_CLOCK,), "cuda": (CUDA_GRAPH, DEVICE_EVENTS), "npu": (DEVICE_EVENTS,)}
+_METHODS = {"cpu": (HOST_CLOCK,), "cuda": (CUDA_GRAPH, DEVICE_EVENTS), "npu": (NPU_GRAPH, DEVICE_EVENTS)}
 _TIMING_FIELDS = {field.name for field in dataclasses.fields(Timing)}
 _FAILURES = {status.value for status in Status if status is not Status.PASSED}
 

@@ -16,11 +16,11 @@ from attnbench import stats
 from attnbench.problem import DEVICE_KINDS, DeviceKind, Problem
 
 Statistic = Literal["mean", "median"]
-TimingMethod = Literal["host_clock", "device_events", "cuda_graph"]
-"""How times are taken: the host's clock around a call, events around an eager call, or events around the calls of a
-CUDA graph. No ratio is made of two methods' times."""
+TimingMethod = Literal["host_clock", "device_events", "cuda_graph", "npu_graph"]
+"""How times are taken: the host's clock around a call, events around an eager call, events around the calls of a CUDA
+graph, or events around replays of an NPU's graph. No ratio is made of two methods' times."""
 TIMING_METHODS: tuple[TimingMethod, ...] = get_args(TimingMethod)
-HOST_CLOCK, DEVICE_EVENTS, CUDA_GRAPH = TIMING_METHODS
+HOST_CLOCK, DEVICE_EVENTS, CUDA_GRAPH, NPU_GRAPH = TIMING_METHODS
 CacheState = Literal["hot", "cold"]
 CACHE_STATES: tuple[CacheState, ...] = get_args(CacheState)
 

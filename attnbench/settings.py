@@ -18,6 +18,14 @@ else:
     import tomli as tomllib
 
 
+def leave_torch_alone() -> None:
+    """Let torch import no device's package by itself, unless TORCH_DEVICE_BACKEND_AUTOLOAD says otherwise.
+
+    `import torch` fails where such a package does; a device of attnbench's imports its own, and tells why it cannot.
+    """
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+
 def plugins() -> frozenset[str] | None:
     """ATTNBENCH_PLUGINS: comma-separated entry-point names to load; empty loads none, unset loads all (None).
 
@@ -50,9 +58,18 @@ def cuda_timing() -> str:
 
     Raises AttnbenchError where it is anything else.
     """
-    value = os.environ.get("ATTNBENCH_CUDA_TIMING") or "graph"
+    return _timing("ATTNBENCH_CUDA_TIMING")
+
+
+def npu_timing() -> str:
+    """ATTNBENCH_NPU_TIMING: the same on an Ascend NPU."""
+    return _timing("ATTNBENCH_NPU_TIMING")
+
+
+def _timing(name: str) -> str:
+    value = os.environ.get(name) or "graph"
     if value not in ("graph", "events"):
-        raise AttnbenchError(f"ATTNBENCH_CUDA_TIMING must be graph or events, not {value!r}")
+        raise AttnbenchError(f"{name} must be graph or events, not {value!r}")
     return value
 
 

@@ -6,56 +6,44 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl
-from attnbench.problem import DeviceKind
+from attnbench_plugins.npu_operators import (
+    SPARSE_MODE_CAUSAL,
+    NpuOperator,
+    causal_mask,
+    inference_limits,
+    require_contiguous,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SPARSE_MODE_CAUSAL_LOWER_RIGHT = 3
-CAUSAL_MASK_SIZE = 2048
-"""Sparse modes 2 to 4 take one compressed mask of this size, whatever the lengths."""
+INNER_PRECISE = 0
+"""High precision, its default; 1 trades precision of fp16 for speed."""
 
 
-class NpuFusedAttention(Backend):
-    """torch_npu.npu_fused_infer_attention_score on BNSD tensors, which are BHSD by another name."""
+class NpuFusedAttention(NpuOperator):
+    """torch_npu.npu_fused_infer_attention_score; of a single query it becomes the operator for decoding."""
 
     name = "npu_fused_attention"
-    device: DeviceKind = "npu"
-    summary = "torch_npu.npu_fused_infer_attention_score (not yet run on hardware)"
-    homepage = "https://gitee.com/ascend/pytorch"
-
-    def unavailable(self) -> str | None:
-        from attnbench.devices import device
-
-        return device("npu").unavailable()
+    summary = f"torch_npu.npu_fused_infer_attention_score, inner_precise {INNER_PRECISE} (not yet run on hardware)"
+    operator_name = "npu_fused_infer_attention_score"
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.direction != "fwd":
-            return "forward only"
-        if problem.dtype == "fp32":
-            return "fp16 and bf16 only"
-        if problem.head_dim != problem.head_dim_v:
-            return "one head size for q, k and v"
-        if problem.window is not None:
-            return "no sliding window"
-        return None
+        return super().unsupported(problem) or inference_limits(problem)
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        import torch
-        import torch_npu
-
-        attend = torch_npu.npu_fused_infer_attention_score
+        require_contiguous(q, k, v)
+        attend = self.operator
         # The scale is always given: its default is 1.
         options: dict[str, object] = {
             "num_heads": problem.heads_q,
             "num_key_value_heads": problem.heads_kv,
             "scale": problem.softmax_scale,
             "input_layout": "BNSD",
+            "inner_precise": INNER_PRECISE,
         }
-        if problem.causal:
-            size = (CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE)
-            options["atten_mask"] = torch.ones(size, dtype=torch.bool, device=q.device).triu_(1)
-            options["sparse_mode"] = SPARSE_MODE_CAUSAL_LOWER_RIGHT
+        if problem.causal and problem.seqlen_q > 1:  # a single query sees all keys, and knows no sparse mode
+            options |= {"atten_mask": causal_mask(q.device), "sparse_mode": SPARSE_MODE_CAUSAL}
 
         def call() -> Tensor:
             output: Tensor = attend(q, k, v, **options)[0]

@@ -11,7 +11,7 @@ import pytest
 from helpers import Answer, BareVenv, PluginFolder
 
 OUTSIDE_SETTINGS = (
-    *("ATTNBENCH_PLUGINS", "ATTNBENCH_CXX", "CXX", "ATTNBENCH_CUDA_TIMING"),
+    *("ATTNBENCH_PLUGINS", "ATTNBENCH_CXX", "CXX", "ATTNBENCH_CUDA_TIMING", "ATTNBENCH_NPU_TIMING"),
     *("NO_COLOR", "FORCE_COLOR", "COLUMNS"),
 )
 

@@ -29,9 +29,14 @@ from attnbench_plugins import sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
 from attnbench_plugins.flex_attention import FlexAttention
 from attnbench_plugins.gemm_ref import GemmRef
 from attnbench_plugins.jit_flash.cpu import JitFlashCpu
+from attnbench_plugins.jit_flash.cuda import JitFlashCuda
 from attnbench_plugins.npu_fused_attention import NpuFusedAttention
+from attnbench_plugins.npu_fusion_attention import NpuFusionAttention
+from attnbench_plugins.npu_incre_flash_attention import NpuIncreFlashAttention
+from attnbench_plugins.npu_prompt_flash_attention import NpuPromptFlashAttention
 from attnbench_plugins.onnxruntime import OnnxRuntime
 from attnbench_plugins.openvino import OpenVino
+from attnbench_plugins.pto_flash_attention import PtoFlashAttention
 from attnbench_plugins.sdpa import Sdpa
 from attnbench_plugins.sdpa_upcast import SdpaUpcast
 
@@ -374,9 +379,10 @@ def test_every_built_in_backend_of_a_cpu_is_under_the_kit_here() -> None:
 
 
 OF_OTHER_DEVICES = (
-    *(GemmRef("cuda"), GemmRef("npu"), Sdpa("cuda"), NpuFusedAttention()),
-    FlexAttention(),
+    *(GemmRef("cuda"), GemmRef("npu"), Sdpa("cuda"), JitFlashCuda(), FlexAttention()),
     *(b for module in (sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math) for b in module.attnbench_backends()),
+    *(NpuFusedAttention(), NpuFusionAttention(), NpuIncreFlashAttention(), NpuPromptFlashAttention()),
+    PtoFlashAttention(),
 )
 
 

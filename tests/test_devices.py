@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import time
 import types
@@ -16,7 +17,7 @@ from attnbench.devices import DeviceInfo, Reading, Timing, cpu, cuda, events, np
 from attnbench.devices.cpu import DEFAULT_CACHE_BYTES, CpuDevice, cpu_name, last_level_cache_bytes
 from attnbench.devices.cuda import CudaDevice
 from attnbench.devices.events import EventTimer
-from attnbench.devices.known import NVIDIA, known_device
+from attnbench.devices.known import ASCEND, NVIDIA, Npu, known_device
 from attnbench.devices.npu import NpuDevice
 from attnbench.errors import AttnbenchError
 
@@ -417,6 +418,7 @@ def sdk(tmp_path, monkeypatch):
         del torch.npu
 
 
+NO_LIBRARY = "raise ImportError('libhccl.so: cannot open shared object file')"
 FAKE_SDK = """
 import types, torch
 torch.npu = types.SimpleNamespace(
@@ -442,13 +444,81 @@ def test_an_npu_that_torch_npu_brings_is_available_and_known_by_name(sdk):
     [
         (FAKE_SDK.format(there=False), "torch_npu sees no NPU: check npu-smi info"),
         ("", "torch_npu sees no NPU"),
-        ("raise ImportError('libhccl.so: no such file')", "libhccl.so: no such file; is the CANN toolkit's set_env.sh"),
-        ("raise OSError('broken')", "torch_npu does not import: broken"),
+        (
+            NO_LIBRARY,
+            "torch_npu does not import: ImportError: libhccl.so: cannot open shared object file: install CANN and "
+            "source its set_env.sh (neither ASCEND_HOME_PATH nor ASCEND_TOOLKIT_HOME is set); until then `import "
+            "torch` fails too, unless TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set",
+        ),
+        ("raise OSError('broken')", "torch_npu does not import: OSError: broken"),
+        ("raise RuntimeError('two accelerators')", "torch_npu does not import: RuntimeError: two accelerators"),
     ],
 )
-def test_an_npu_that_is_not_there_says_what_to_check(sdk, body, words):
+def test_an_npu_that_is_not_there_says_what_to_check(sdk, body, words, monkeypatch):
+    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"):
+        monkeypatch.delenv(name, raising=False)
     sdk(body)
     assert words in NpuDevice().unavailable()
+
+
+@pytest.mark.parametrize(
+    ("body", "home", "words"),
+    [
+        (
+            "raise ImportError('libhccl.so: cannot open shared object file')",
+            "",
+            "source CANN's set_env.sh anew, or repair",
+        ),
+        (NO_LIBRARY, "gone", "gone is not there)"),
+        ("raise RuntimeError('two accelerators')", "", "of the same version, and torch a CPU build"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"])
+def test_what_helps_depends_on_what_there_is_of_cann(sdk, tmp_path, monkeypatch, body, home, words, name):
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    monkeypatch.setenv(name, str(tmp_path / home))
+    sdk(body)
+    assert words in NpuDevice().unavailable()
+
+
+def platform_file(home, name="Ascend910B2", folder="aarch64-linux/data/platform_config", **changes):
+    facts = {"ai_core_cnt": "24", "l2_size": "201326592", "cube_freq": "1800"} | changes
+    path = home / folder / f"{name}.ini"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f"# 100% of it\n[SoCInfo]\nai_core_cnt={facts['ai_core_cnt']}\nmemory_type=\nl2_size={facts['l2_size']}\n"
+        f"l2_size={facts['l2_size']}\n[AICoreSpec]\ncube_freq={facts['cube_freq']}\n"
+    )
+
+
+@pytest.mark.parametrize("folder", ["aarch64-linux/data/platform_config", "compiler/data/platform_config"])
+def test_an_npus_cores_and_peaks_are_those_of_the_toolkit_where_it_has_them(sdk, tmp_path, monkeypatch, folder):
+    sdk(FAKE_SDK.format(there=True))
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    platform_file(tmp_path, folder=folder, ai_core_cnt="23", cube_freq="1000")
+    info = NpuDevice().info()
+    assert (info.cores, info.peak_source) == (23, "table")
+    assert info.peak_tflops == {"fp16": 188.4, "bf16": 188.4}
+    assert npu.platform_config("Ascend910B2") == Npu(23, 1000, 192)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Ascend910B3", {}),
+        ("../Ascend910B2", {}),
+        ("Ascend910B2", {"cube_freq": "fast"}),
+        ("Ascend910B2", {"ai_core_cnt": "0"}),
+        ("Ascend910B2", {"l2_size": "[x"}),
+    ],
+)
+def test_what_a_toolkit_does_not_tell_is_the_tables(tmp_path, monkeypatch, name, changes):
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    platform_file(tmp_path, **changes)
+    assert npu.platform_config(name) is None
+    monkeypatch.delenv("ASCEND_HOME_PATH")
+    monkeypatch.delenv("ASCEND_TOOLKIT_HOME", raising=False)
+    assert npu.platform_config("Ascend910B2") is None
 
 
 def test_without_torch_npu_the_reason_says_what_to_install(sdk):
@@ -461,7 +531,7 @@ def test_without_torch_npu_the_reason_says_what_to_install(sdk):
 def test_a_device_can_be_had_by_name_there_or_not(kind):
     found = devices.choose(kind)
     assert found.kind == kind
-    assert found.timing_method == {"cpu": "host_clock", "cuda": "cuda_graph", "npu": "device_events"}[kind]
+    assert found.timing_method == {"cpu": "host_clock", "cuda": "cuda_graph", "npu": "npu_graph"}[kind]
 
 
 def test_an_unknown_device_is_refused():
@@ -474,7 +544,10 @@ def test_an_unknown_device_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "cores", "clock_ghz"),
-    [("Ascend 910B2", 24, 1.8), ("Ascend910B1", 24, 1.85), ("ascend 910b3", 20, 1.8), ("Ascend910B4-1", 20, 1.5)],
+    [
+        *(("Ascend 910B2", 24, 1.8), ("Ascend910B1", 24, 1.85), ("ascend 910b3", 20, 1.8), ("Ascend910B4-1", 20, 1.5)),
+        *(("Ascend910_9391", 24, 1.85), ("Ascend910_9392", 24, 1.85)),
+    ],
 )
 def test_an_ascends_peak_is_cores_times_16_cubed_times_2_times_its_clock(name, cores, clock_ghz):
     info = known_device(name, "cpu")
@@ -542,7 +615,17 @@ def test_a_processor_called_like_a_gpu_is_none():
     assert known_device("AMD A10-7850K", "cpu") == DeviceInfo(kind="cpu", name="AMD A10-7850K", cores=None)
 
 
-@pytest.mark.parametrize("name", ["Ascend 910A", "910B", "910B25", "some GPU", ""])
+def test_the_flush_is_larger_than_any_npus_l2():
+    assert {npu.l2_mib for npu in ASCEND.values()} == {192, 96}
+    assert max(npu.l2_mib << 20 for npu in ASCEND.values()) < EventTimer.FLUSH_BYTES
+
+
+def test_the_published_peaks_are_the_tables():
+    peaks = {re.sub(r"\W.*", "", name): round(npu.tflops, 1) for name, npu in ASCEND.items()}
+    assert peaks == {"910B1": 363.7, "910B2": 353.9, "910B3": 294.9, "910B4": 245.8, "910_939": 363.7}
+
+
+@pytest.mark.parametrize("name", ["Ascend 910A", "910B", "910B25", "Ascend910_9362", "some GPU", ""])
 def test_of_an_unknown_name_cores_and_peaks_stay_open(name):
     assert known_device(name, "cuda") == DeviceInfo(kind="cuda", name=name, cores=None, peak_tflops={})
 

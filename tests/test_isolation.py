@@ -364,6 +364,9 @@ def test_an_answer_of_another_kind_than_asked_for_is_none(worker, name):
         ("cpu", {"calls_a_sample": 1, "calls_a_change": 1, "times_us": [1.0] * 10, "method": "host_clock"}, True),
         ("cpu", {"calls_a_sample": 1, "calls_a_change": 1, "times_us": [1.0] * 10}, False),
         ("npu", {}, False),
+        ("npu", {"method": "npu_graph"}, True),
+        ("npu", {"method": "cuda_graph"}, False),
+        ("cuda", {"method": "npu_graph"}, False),
     ],
 )
 def test_a_timing_has_a_form_that_its_device_may_give(device, changes, fits):

@@ -134,7 +134,7 @@ def test_pandas_and_tabulate_live_only_in_report(module):
 
 @pytest.mark.parametrize("module", modules(), ids=lambda m: m or "attnbench")
 def test_torch_is_imported_with_a_module_only_where_something_is_computed(module):
-    devices = {"devices.cpu", "devices.cuda", "devices.npu", "devices.events", "devices.peaks"}
+    devices = {"devices.cpu", "devices.cuda", "devices.npu", "devices.events", "devices.npu_graphs", "devices.peaks"}
     computes = {"reference", "patches", "spot", "worker", "testing.conformance"} | devices
     tops = {name.split(".")[0] for name in imported(module, lazy=False)}
     assert ("torch" in tops) is (module in computes)

@@ -39,7 +39,7 @@ class DeviceInfo:
     peak_tflops: Mapping[str, float] = field(default_factory=dict)
     """Peak rate of the matrix unit by dtype, where it is known."""
     peak_source: str = ""
-    """Where the peaks come from: `table` or `measured`; empty where there are none."""
+    """Where the peaks come from: `table` (this project's or a toolkit's) or `measured`; empty where there are none."""
     bandwidths: tuple[tuple[int, float], ...] = ()
     """(bytes, GB/s), by rising bytes: no more than that can be read, over and over, of that many bytes in all."""
 

@@ -1,8 +1,9 @@
-"""Owns device time by CUDA graphs: one call is captured, and replayed several times in a launch. Knows no GPU's facts.
+"""Owns device time by replays of one captured call, and CUDA's way to it. Knows no GPU's facts, nor how NPUs capture.
 
-A replay is a graph of its own: an event, the captured call as often as it fits into REPLAY_US, an event. Its parts
-depend on each other one after the other, so calls cannot overlap, and each is the same work, whatever a backend would
-do differently from call to call. As both events are nodes of the graph, nothing that the host does is between them.
+A replay on CUDA is a graph of its own: an event, the captured call as often as it fits into REPLAY_US, an event. Its
+parts depend on each other one after the other, so calls cannot overlap, and each is the same work, whatever a backend
+would do differently from call to call. As both events are nodes of the graph, nothing that the host does is between
+them.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attnbench.devices import MOST_CALLS_A_CHANGE, Exercise, Timing
 from attnbench.devices.driver import LIBRARY, Driver, DriverError
 from attnbench.devices.events import LEAST_US, EventTimer
 from attnbench.errors import in_a_line
-from attnbench.result import CUDA_GRAPH, TimingMethod, sample_sizes
+from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, TimingMethod, sample_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +37,72 @@ class NotCaptured(Exception):
     """Why a call cannot be replayed, in words. Nothing of the attempt is left."""
 
 
-class GraphTimer(EventTimer):
+class Captured(Protocol):
+    """A call that was captured."""
+
+    def time(self, count: int, flush: Callable[[], None] | None, exercise: Exercise | None) -> Timing:
+        """Time `count` calls; with `flush` each alone, after that."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+class ReplayTimer(EventTimer):
     """Device time of captured calls; of those that cannot be captured, of eager ones."""
+
+    def __init__(self, api: Any, torch_device: str) -> None:
+        super().__init__(api, torch_device)
+        self._kept: dict[int, tuple[Callable[[], Tensor], Captured | str]] = {}
+        """By the id of a call the call itself, whose id is no other's meanwhile, and what it was captured as, or why
+        it was not."""
+
+    def _captured(self, call: Callable[[], Tensor]) -> Captured | str:
+        """The call captured, or why it cannot be. Raises what an eager call raises."""
+        raise NotImplementedError
+
+    def timing_functions(self) -> Iterable[tuple[object, str]]:
+        yield from super().timing_functions()
+        if hasattr(self._api, "Stream"):
+            yield (self._api.Stream, "wait_stream")
+
+    def time_calls(
+        self, call: Callable[[], Tensor], count: int, *, cold: bool, exercise: Exercise | None = None
+    ) -> Timing:
+        if self.timing_method == DEVICE_EVENTS:
+            return super().time_calls(call, count, cold=cold, exercise=exercise)
+        if id(call) not in self._kept:
+            self._kept[id(call)] = (call, self._captured(call))
+        _, captured = self._kept[id(call)]
+        if isinstance(captured, str):
+            timing = super().time_calls(call, count, cold=cold, exercise=exercise)
+            return dataclasses.replace(timing, fallback=captured)
+        return captured.time(count, self.flush_cache if cold else None, exercise)
+
+    def forget(self, call: Callable[[], Tensor]) -> None:
+        _, captured = self._kept.pop(id(call), (call, ""))
+        if not isinstance(captured, str):
+            captured.close()
+
+    def _settle(self) -> None:
+        """Let an error that a failed capture left pending end here, and not at the backend's next launch."""
+        import torch
+
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self._torch_device)
+        self.synchronize()
+
+
+def calls_a_replay(call_us: float, count: int) -> int:
+    """As many as REPLAY_US has room for, and such that all replays of `count` calls are of about as many."""
+    most = min(max(round(REPLAY_US / call_us), 1), MOST_CALLS_A_CHANGE)
+    replays = -(-count // most)
+    return -(-count // replays)
+
+
+class GraphTimer(ReplayTimer):
+    """The same by CUDA graphs."""
 
     timing_method: TimingMethod = CUDA_GRAPH
 
@@ -47,38 +112,14 @@ class GraphTimer(EventTimer):
         names = ("Stream", "stream", "current_stream", "MemPool", "use_mem_pool", "synchronize")
         self._cuda = SimpleNamespace(**{name: getattr(api, name, None) for name in names})
         self._driver = driver
-        self._kept: dict[int, tuple[Callable[[], Tensor], CapturedCall | str]] = {}
-        """By the id of a call the call itself, whose id is no other's meanwhile, and what it was captured as, or why
-        it was not."""
 
     def timing_functions(self) -> Iterable[tuple[object, str]]:
         yield from super().timing_functions()
-        api = self._api
-        yield from ((api, name) for name in ("MemPool", "use_mem_pool") if hasattr(api, name))
-        if hasattr(api, "Stream"):
-            yield (api.Stream, "wait_stream")
+        yield from ((self._api, name) for name in ("MemPool", "use_mem_pool") if hasattr(self._api, name))
         if self._driver is not None:
             yield from ((self._driver, name) for name in vars(self._driver))
 
-    def time_calls(
-        self, call: Callable[[], Tensor], count: int, *, cold: bool, exercise: Exercise | None = None
-    ) -> Timing:
-        if self.timing_method != CUDA_GRAPH:
-            return super().time_calls(call, count, cold=cold, exercise=exercise)
-        if id(call) not in self._kept:
-            self._kept[id(call)] = (call, self._capture(call))
-        _, captured = self._kept[id(call)]
-        if isinstance(captured, str):
-            timing = super().time_calls(call, count, cold=cold, exercise=exercise)
-            return dataclasses.replace(timing, fallback=captured)
-        return captured.time(count, self.flush_cache if cold else None, exercise)
-
-    def forget(self, call: Callable[[], Tensor]) -> None:
-        _, captured = self._kept.pop(id(call), (call, ""))
-        if isinstance(captured, CapturedCall):
-            captured.close()
-
-    def _capture(self, call: Callable[[], Tensor]) -> CapturedCall | str:
+    def _captured(self, call: Callable[[], Tensor]) -> Captured | str:
         if self._driver is None:
             return f"a graph needs {LIBRARY} of CUDA 11.4 or newer, and it cannot be loaded"
         try:
@@ -86,14 +127,6 @@ class GraphTimer(EventTimer):
         except NotCaptured as error:
             self._settle()
             return f"a call of it cannot be captured as a CUDA graph: {error}"
-
-    def _settle(self) -> None:
-        """Let an error that a failed capture left pending end here, and not at the backend's next launch."""
-        import torch
-
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self._torch_device)
-        self.synchronize()
 
 
 @dataclass(frozen=True)
@@ -139,7 +172,7 @@ class CapturedCall:
     def time(self, count: int, flush: Callable[[], None] | None, exercise: Exercise | None) -> Timing:
         """Time `count` calls; with `flush` each alone, after that."""
         cuda, driver = self._cuda, self._driver
-        size = self._calls_a_replay(count) if flush is None else 1
+        size = calls_a_replay(self._call_us, count) if flush is None else 1
         replays = [self._replay(calls) for calls in sample_sizes(count, size)]
         pairs = self._pairs(len(replays))
         stream = cuda.current_stream().cuda_stream
@@ -204,12 +237,6 @@ class CapturedCall:
             self._driver.launch(replay.executable, self._cuda.current_stream().cuda_stream)
         self._cuda.synchronize()
         return max(min(self._driver.elapsed_ms(start, end) for start, end in pairs) * 1e3, LEAST_US)
-
-    def _calls_a_replay(self, count: int) -> int:
-        """As many as REPLAY_US has room for, and such that all replays of `count` calls are of about as many."""
-        most = min(max(round(REPLAY_US / self._call_us), 1), MOST_CALLS_A_CHANGE)
-        replays = -(-count // most)
-        return -(-count // replays)
 
     def _replay(self, calls: int) -> _Replay:
         if calls not in self._replays:

@@ -8,13 +8,29 @@ from typing import NamedTuple
 from attnbench.devices import DeviceInfo
 from attnbench.problem import DeviceKind
 
-ASCEND: dict[str, tuple[int, float]] = {
-    "910B1": (24, 363.7),
-    "910B2": (24, 353.9),
-    "910B3": (20, 294.9),
-    "910B4": (20, 245.8),
+
+class Npu(NamedTuple):
+    """An Ascend NPU, or one die of it, as its toolkit's platform_config has it."""
+
+    cores: int
+    """AI cores: a cube core with its two vector cores."""
+    clock_mhz: int
+    l2_mib: int
+
+    @property
+    def tflops(self) -> float:
+        """Of fp16 and bf16: a cube core does 16³ multiply-adds a clock."""
+        return self.cores * 16**3 * 2 * self.clock_mhz / 1e6
+
+
+ASCEND: dict[str, Npu] = {
+    r"910B1(?!\d)": Npu(24, 1850, 192),
+    r"910B2(?!\d)": Npu(24, 1800, 192),
+    r"910B3(?!\d)": Npu(20, 1800, 192),
+    r"910B4(?!\d)": Npu(20, 1500, 96),
+    r"910_939\d": Npu(24, 1850, 192),
 }
-"""AI cores and peak fp16 TFLOP/s: cores × 16³ × 2 × clock, at 1.85, 1.80, 1.80 and 1.50 GHz."""
+"""By what stands in the name. The last is a die of an A3."""
 
 
 class Gpu(NamedTuple):
@@ -65,15 +81,20 @@ def known_device(name: str, kind: DeviceKind) -> DeviceInfo:
 
     Of a name not known the cores and the peaks stay open, and of a part of a GPU (MIG) too.
     """
-    for model, (cores, peak) in ASCEND.items():
-        if re.search(rf"{model}(?!\d)", name, re.IGNORECASE):
-            peaks = {"fp16": peak, "bf16": peak}
-            return DeviceInfo(kind="npu", name=name, cores=cores, peak_tflops=peaks, peak_source="table")
+    for model, npu in ASCEND.items():
+        if re.search(model, name, re.IGNORECASE):
+            return npu_device(name, npu)
     if kind == "cuda" and not re.search(r"\bMIG\b", name):
         for model, gpu in NVIDIA.items():
             if re.search(rf"\b(?:{model})\b", name, re.IGNORECASE):
                 return _nvidia(name, gpu)
     return DeviceInfo(kind=kind, name=name, cores=None)
+
+
+def npu_device(name: str, npu: Npu) -> DeviceInfo:
+    """An Ascend NPU of these facts."""
+    peaks = dict.fromkeys(("fp16", "bf16"), round(npu.tflops, 1))
+    return DeviceInfo(kind="npu", name=name, cores=npu.cores, peak_tflops=peaks, peak_source="table")
 
 
 def _nvidia(name: str, gpu: Gpu) -> DeviceInfo:

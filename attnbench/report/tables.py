@@ -15,7 +15,7 @@ from attnbench import stats
 from attnbench.errors import AttnbenchError
 from attnbench.plan import BEST, DEFAULT_BASELINES
 from attnbench.report import text, warnings
-from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, Result, speedup
+from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, NPU_GRAPH, Result, speedup
 from attnbench.rows import COLUMNS, FLOAT_COLUMNS, Row, csv_text
 from attnbench.store import Record
 
@@ -32,7 +32,7 @@ DETAIL_COLUMNS = (
     *("GEMM TFLOP/s", "GB/s", "% of peak", "host µs", "max error", "budget", "1e-3", "reason"),
 )
 DETAIL_TEXT_COLUMNS = ("case", "kernel", "status", "timed by", "verdict", "1e-3", "reason")
-TIMED_SIDE_BY_SIDE = frozenset({CUDA_GRAPH, DEVICE_EVENTS})
+TIMED_SIDE_BY_SIDE = (frozenset({CUDA_GRAPH, DEVICE_EVENTS}), frozenset({NPU_GRAPH, DEVICE_EVENTS}))
 """Methods that one run may have: a call that no graph can hold is timed by events. No ratio is made of the two."""
 
 
@@ -125,7 +125,7 @@ class Tables:
         timed = [row for row in self.record.rows if row["time_us"] is not None]
         methods = sorted({_method(row) for row in timed})
         ways = {(row["statistic"], row["cache"]) for row in timed}
-        if len(methods) > 1 and (len(ways) > 1 or not self._methods <= TIMED_SIDE_BY_SIDE):
+        if len(methods) > 1 and (len(ways) > 1 or self._methods not in TIMED_SIDE_BY_SIDE):
             raise AttnbenchError(
                 f"{self.record.source} mixes times taken in different ways: {' and '.join(methods)}",
                 "one table holds one way of timing: split the file",
@@ -267,7 +267,8 @@ class Tables:
         """What the numbers mean and what they do not."""
         timed = next(row for row in self.record.rows if row["time_us"] is not None)
         if len(self._methods) > 1:
-            timed = timed | {"timing_method": f"{' or '.join(sorted(TIMED_SIDE_BY_SIDE))} as the details say"}
+            methods = " or ".join(sorted(map(str, self._methods)))
+            timed = timed | {"timing_method": f"{methods} as the details say"}
         cores, name = self.record.device.cores, self.record.device.name
         projection = f"{cores} cores of {name}" if cores else f"cores of {name} (not known)"
         return [

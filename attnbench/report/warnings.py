@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnbench.report.text import share
-from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, Conditions
+from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, NPU_GRAPH, Conditions
 from attnbench.rows import Row
 from attnbench.store import Record
 
@@ -231,7 +231,7 @@ def _host_bound(rows: Sequence[Row]) -> Iterator[Warning]:
 
 
 def _timed_otherwise(record: Record, rows: Sequence[Row]) -> Iterator[Warning]:
-    mixed = any(row["timing_method"] == CUDA_GRAPH for row in rows)
+    mixed = any(row["timing_method"] in (CUDA_GRAPH, NPU_GRAPH) for row in rows)
     reasons = {r.key: r.measurement.fallback for r in record.results if r.measurement is not None}
     found: dict[str, list[str]] = {}
     for row in rows:

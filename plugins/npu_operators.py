@@ -1,0 +1,91 @@
+"""What torch_npu's attention operators have in common: where they are, their limits, the causal mask. Calls none.
+
+Limits are those that op-plugin's pages give for Atlas A2 and A3. Nothing of it was run on hardware yet.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from attnbench import Backend, Problem
+from attnbench.problem import DeviceKind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SPARSE_MODE_CAUSAL = 3
+"""Aligned bottom-right; 2 is top-left. Without a mask each operator ignores it, and next_tokens too."""
+CAUSAL_MASK_SIZE = 2048
+"""Sparse modes 2 to 4 take one compressed mask of this size, whatever the lengths."""
+LONGEST = 20 << 20
+LONGEST_DECODE = 1 << 18
+
+
+class NpuOperator(Backend):
+    """An attention operator of torch_npu on BNSD tensors, which are BHSD by another name."""
+
+    device: DeviceKind = "npu"
+    homepage = "https://gitcode.com/Ascend/op-plugin"
+    operator_name = ""
+    """torch_npu's, where the backend is not called like it."""
+    largest_head_dim = 512
+    largest_group: int | None = 64
+    """Query heads to a key head; None where nothing but the heads' own number bounds them."""
+
+    @property
+    def operator(self) -> Any:
+        """The function. Raises AttributeError where this torch_npu has none."""
+        return getattr(importlib.import_module("torch_npu"), self.operator_name or self.name)
+
+    def unavailable(self) -> str | None:
+        from attnbench.devices import device
+
+        if reason := device("npu").unavailable():
+            return reason
+        try:
+            _ = self.operator
+        except AttributeError:
+            return f"this torch_npu has no {self.operator_name or self.name}: install one that attnbench[npu] asks for"
+        return None
+
+    def unsupported(self, problem: Problem) -> str | None:
+        largest = self.largest_head_dim
+        if problem.direction != "fwd":
+            return "forward only"
+        if problem.head_dim != problem.head_dim_v:
+            return "one head size for q, k and v"
+        if problem.window is not None:
+            return "no sliding window"
+        if problem.head_dim > largest or problem.head_dim % 8:
+            return f"head sizes that are multiples of 8 up to {largest}"
+        if problem.heads_q > 256:
+            return "up to 256 heads"
+        if self.largest_group and problem.heads_q // problem.heads_kv > self.largest_group:
+            return f"up to {self.largest_group} query heads to a key head"
+        return None
+
+
+def inference_limits(problem: Problem) -> str | None:
+    """What the operators for inference do not do, in words."""
+    if problem.dtype == "fp32":
+        return "fp16 and bf16 only"
+    if problem.batch > 65535:
+        return "batches up to 65535"
+    longest = LONGEST_DECODE if problem.seqlen_q == 1 else LONGEST
+    return f"up to {longest} keys" if problem.seqlen_k > longest else None
+
+
+def causal_mask(device: torch.device) -> Tensor:
+    """What a causal sparse mode wants: True above the diagonal, (CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE) bool."""
+    import torch
+
+    return torch.ones(CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE, dtype=torch.bool).triu(1).to(device)
+
+
+def require_contiguous(*tensors: Tensor) -> None:
+    """Raise ValueError unless all are: of others the operators read what lies there."""
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise ValueError(f"q, k and v must be contiguous, and one of shape {tuple(tensor.shape)} is not")

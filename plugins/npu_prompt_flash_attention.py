@@ -1,0 +1,63 @@
+"""torch_npu's attention for a prompt: PromptFlashAttention. Not yet run on hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from attnbench import Backend, Problem, hookimpl
+from attnbench_plugins.npu_operators import (
+    SPARSE_MODE_CAUSAL,
+    NpuOperator,
+    causal_mask,
+    inference_limits,
+    require_contiguous,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EVERY_TOKEN = 2**31 - 1
+"""What hides nothing; the default of next_tokens is 0, every other operator's is this."""
+
+
+class NpuPromptFlashAttention(NpuOperator):
+    """torch_npu.npu_prompt_flash_attention, whose scale is called scale_value."""
+
+    name = "npu_prompt_flash_attention"
+    summary = "torch_npu.npu_prompt_flash_attention (not yet run on hardware)"
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if reason := super().unsupported(problem) or inference_limits(problem):
+            return reason
+        if problem.head_dim % 16 and problem.batch > 128:
+            return "batches up to 128 of head sizes that are no multiples of 16"
+        if problem.visible_rows < problem.seqlen_q:
+            return "no mask that hides all keys from a query"
+        return None
+
+    def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        require_contiguous(q, k, v)
+        attend = self.operator
+        # The scale is always given: its default is 1.
+        options: dict[str, object] = {
+            "num_heads": problem.heads_q,
+            "num_key_value_heads": problem.heads_kv,
+            "scale_value": problem.softmax_scale,
+            "input_layout": "BNSD",
+            "pre_tokens": EVERY_TOKEN,
+            "next_tokens": EVERY_TOKEN,
+        }
+        if problem.causal:
+            options |= {"atten_mask": causal_mask(q.device), "sparse_mode": SPARSE_MODE_CAUSAL}
+
+        def call() -> Tensor:
+            output: Tensor = attend(q, k, v, **options)
+            return output
+
+        return call
+
+
+@hookimpl
+def attnbench_backends() -> Iterable[Backend]:
+    return [NpuPromptFlashAttention()]
