@@ -20,12 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 ASCEND_CSV = ROOT / "reports" / "ascend-910b2" / "results.csv"
 SCRIPT = Path(sys.executable).parent / "attnbench"
 BUILT_IN = [
-    *("flex_attention", "gemm_ref", "jit_flash", "npu_fused_attention", "onnxruntime", "openvino", "sdpa"),
-    *("sdpa_cudnn", "sdpa_efficient", "sdpa_flash", "sdpa_math", "sdpa_upcast"),
+    *("flex_attention", "gemm_ref", "jit_flash", "npu_fused_attention", "onnxruntime", "openvino"),
+    *("pto_demo_flash", "sdpa", "sdpa_cudnn", "sdpa_efficient", "sdpa_flash", "sdpa_math", "sdpa_upcast"),
 ]
 """attnbench's own entry points, in the order in which they are listed."""
 
-OFF_CPU = ("flex_attention", "npu_fused_attention", "sdpa_cudnn", "sdpa_efficient", "sdpa_flash", "sdpa_math")
+OFF_CPU = (
+    *("flex_attention", "npu_fused_attention", "pto_demo_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_flash"),
+    "sdpa_math",
+)
 """Those of them that no CPU runs."""
 
 TINY = ("--seqlen-q", "16", "--seqlen-k", "32", "--head-dim", "32")
