@@ -605,8 +605,10 @@ class Vector {
         wait_flag_dev(PARTS_READY);
         if (split <= 6)
             combine_tiles<8>();
+        else if (split <= 12)
+            combine_tiles<32>();
         else
-            combine_tiles<HALF_ROWS>();
+            combine_tiles<64>();
     }
 
     // Whether a stretch is the first to begin within some tile: each split tile has one such.
@@ -629,20 +631,24 @@ class Vector {
         }
     }
 
-    // Bytes of the unified buffer while combining: tables of MAX_BLOCKS × rows, then rows × D, all below 184 KiB.
+    // Bytes of the unified buffer while combining: tables of MAX_BLOCKS × rows, then a batch of parts, all at once in
+    // one tile, a part's rows after another's.
     template <int rows>
     AICORE void combine_rows(const Unit& unit, int block, int parts, int row) {
+        constexpr int BATCH = rows == 8 ? MAX_BLOCKS : 128 / rows;  // parts
         constexpr uint32_t TABLE = MAX_BLOCKS * rows * 4, ROWS_BYTES = rows * D * 4;
         constexpr uint32_t M_TABLE = 0, L_TABLE = TABLE, TABLE_SCRATCH = 2 * TABLE, M = 3 * TABLE, L = M + rows * 4;
-        constexpr uint32_t PART = L + rows * 4, TOTAL = PART + 2 * ROWS_BYTES, ROUNDED = TOTAL + ROWS_BYTES;
-        static_assert(ROUNDED + ROWS_BYTES <= 184 * 1024, "the unified buffer has 184 KiB for us");
+        constexpr uint32_t PARTS = L + rows * 4, TOTAL = PARTS + BATCH * ROWS_BYTES, ROUNDED = TOTAL + ROWS_BYTES;
+        static_assert(ROUNDED + ROWS_BYTES / 2 <= 184 * 1024, "the unified buffer has 184 KiB for us");
         using Table = Tile<TileType::Vec, float, MAX_BLOCKS, rows, BLayout::RowMajor, DYNAMIC, rows>;
         using Rest = Tile<TileType::Vec, float, MAX_BLOCKS - 1, rows, BLayout::RowMajor, DYNAMIC, rows>;
-        using Parts = GlobalTensor<float, Shape<1, 1, 1, DYNAMIC, rows>, Stride<1, 1, 1, BLOCK_BYTES / 4, 1>>;
+        using Stats = GlobalTensor<float, Shape<1, 1, 1, DYNAMIC, rows>, Stride<1, 1, 1, BLOCK_BYTES / 4, 1>>;
+        using Some = Tile<TileType::Vec, float, BATCH * rows, D, BLayout::RowMajor, DYNAMIC, D>;
+        using Factors = Tile<TileType::Vec, float, BATCH * rows, 1, BLayout::ColMajor, DYNAMIC, 1>;
         Table m_table(parts), l_table(parts), scratch(parts);
         Line<rows> m, l, first_m, first_l;
         Column<rows> l_column;
-        Rows<float, rows, D> total;
+        Rows<float, rows, D> total, first;
         TASSIGN(m_table, M_TABLE);
         TASSIGN(l_table, L_TABLE);
         TASSIGN(scratch, TABLE_SCRATCH);
@@ -650,6 +656,7 @@ class Vector {
         TASSIGN(l, L);
         TASSIGN(l_column, L);
         TASSIGN(total, TOTAL);
+        TASSIGN(first, PARTS);
 
         // The first part begins the tile, the others go on with it.
         Rest m_rest(parts - 1), l_rest(parts - 1);
@@ -660,7 +667,7 @@ class Vector {
         __gm__ float* begins = (__gm__ float*)(part(block, true) + STATS_AT) + row;
         __gm__ float* goes_on = (__gm__ float*)(part(block + 1, false) + STATS_AT) + row;
         Memory<float, 1, rows> first_m_memory(begins), first_l_memory(begins + ROWS);
-        Parts m_memory(goes_on, Shape<1, 1, 1, DYNAMIC, rows>(parts - 1)),
+        Stats m_memory(goes_on, Shape<1, 1, 1, DYNAMIC, rows>(parts - 1)),
             l_memory(goes_on + ROWS, Shape<1, 1, 1, DYNAMIC, rows>(parts - 1));
         pipe_barrier(PIPE_ALL);  // the piece before has been stored
         TLOAD(first_m, first_m_memory);
@@ -668,8 +675,12 @@ class Vector {
         TLOAD(m_rest, m_memory);
         TLOAD(l_rest, l_memory);
         set_flag(PIPE_MTE2, PIPE_V, EVENT_ID0);
-        wait_flag(PIPE_MTE2, PIPE_V, EVENT_ID0);
+        Memory<float, rows, D> first_memory((__gm__ float*)part(block, true) + row * D);
+        TLOAD(first, first_memory);
+        load_parts<rows, BATCH - 1>(block + 1, smaller(parts, BATCH) - 1, row, PARTS + ROWS_BYTES);
+        set_flag(PIPE_MTE2, PIPE_V, EVENT_ID1);
 
+        wait_flag(PIPE_MTE2, PIPE_V, EVENT_ID0);
         TCOLMAX(m, m_table);
         pipe_barrier(PIPE_V);
         TCOLEXPANDSUB(m_table, m_table, m);
@@ -685,29 +696,47 @@ class Vector {
         pipe_barrier(PIPE_V);
         TMAXS(l, l, TINY);
 
-        for (int buffer = 0; buffer < 2; ++buffer) set_flag(PIPE_V, PIPE_MTE2, event_t(buffer));
-        Ring<2> next;
-        for (int i = 0; i < parts; ++i) {
-            const int in = next.take();
-            Rows<float, rows, D> sums;
-            Column<rows> factor;
-            TASSIGN(sums, PART + in * ROWS_BYTES);
-            TASSIGN(factor, M_TABLE + i * rows * 4);
-            Memory<float, rows, D> memory((__gm__ float*)part(block + i, i == 0) + row * D);
-            wait_flag(PIPE_V, PIPE_MTE2, event_t(in));
-            TLOAD(sums, memory);
-            set_flag(PIPE_MTE2, PIPE_V, event_t(in));
-            wait_flag(PIPE_MTE2, PIPE_V, event_t(in));
-            TROWEXPANDMUL(sums, sums, factor);
+        for (int begin = 0; begin < parts; begin += BATCH) {
+            int count = smaller(parts - begin, BATCH);
+            if (begin > 0) {
+                set_flag(PIPE_V, PIPE_MTE2, EVENT_ID0);
+                wait_flag(PIPE_V, PIPE_MTE2, EVENT_ID0);
+                load_parts<rows, BATCH>(block + begin, count, row, PARTS);
+                set_flag(PIPE_MTE2, PIPE_V, EVENT_ID1);
+            }
+            wait_flag(PIPE_MTE2, PIPE_V, EVENT_ID1);
+            Some all(count * rows);
+            Factors factors(count * rows);
+            TASSIGN(all, PARTS);
+            TASSIGN(factors, M_TABLE + begin * rows * 4);
+            TROWEXPANDMUL(all, all, factors);
             pipe_barrier(PIPE_V);
-            TADD(total, total, sums);
+            while (count > 1) {  // the last half onto the first
+                const int half_count = count / 2;
+                count -= half_count;
+                Some onto(half_count * rows), last(half_count * rows);
+                TASSIGN(onto, PARTS);
+                TASSIGN(last, PARTS + count * ROWS_BYTES);
+                TADD(onto, onto, last);
+                pipe_barrier(PIPE_V);
+            }
+            TADD(total, total, first);
             pipe_barrier(PIPE_V);
-            set_flag(PIPE_V, PIPE_MTE2, event_t(in));
         }
-        for (int buffer = 0; buffer < 2; ++buffer) wait_flag(PIPE_V, PIPE_MTE2, event_t(buffer));
         TROWEXPANDDIV(total, total, l_column);
         pipe_barrier(PIPE_V);
         write<rows>(total, ROUNDED, unit.row(args_) + row, 0);
+    }
+
+    // Some rows of the sums of parts that go on with a tile, one part's after another's; no more parts than `most`.
+    template <int rows, int most>
+    AICORE void load_parts(int block, int count, int row, uint32_t to) {
+        if (count == 0) return;
+        Tile<TileType::Vec, float, most * rows, D, BLayout::RowMajor, DYNAMIC, D> sums(count * rows);
+        TASSIGN(sums, to);
+        GlobalTensor<float, Shape<1, 1, DYNAMIC, rows, D>, Stride<1, 1, BLOCK_BYTES / 4, D, 1>> memory(
+            (__gm__ float*)part(block, false) + row * D, Shape<1, 1, DYNAMIC, rows, D>(count));
+        TLOAD(sums, memory);
     }
 
     const Arguments& args_;
