@@ -106,6 +106,11 @@ def pto_lib_path() -> str | None:
     return os.environ.get("PTO_LIB_PATH") or None
 
 
+def npu_arch() -> str | None:
+    """NPU_ARCH: the architecture to compile PTO kernels for, as CANN's compiler calls it; unset leaves the choice."""
+    return os.environ.get("NPU_ARCH", "").strip() or None
+
+
 def config_file() -> Path | None:
     """ATTNBENCH_CONFIG, else attnbench/config.toml in XDG_CONFIG_HOME or ~/.config; None where that is not there.
 

@@ -21,6 +21,7 @@ from attnbench.jit import cache
 from attnbench.jit.cache import Cache, Entry
 from attnbench.jit.nvrtc import nvrtc_toolchain
 from attnbench.jit.toolchain import (
+    PTO_ARCH,
     CompileError,
     Toolchain,
     ToolchainMissing,
@@ -33,6 +34,7 @@ from attnbench.jit.toolchain import (
 )
 
 __all__ = [
+    "PTO_ARCH",
     "Cache",
     "CompileError",
     "Entry",

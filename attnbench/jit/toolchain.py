@@ -141,27 +141,51 @@ def _cuda_arch() -> str:
 
 
 PTO_ARCH = "dav-2201"
-"""Of the Ascend 910B, as CANN's compiler calls it."""
+"""Of the Ascend 910B and 910C, as CANN's compiler calls it; an Ascend 950 is a dav-3510."""
+_CANN_INCLUDES = ("include", "pkg_inc", "pkg_inc/runtime", "pkg_inc/profiling")
+_CANN_VERSIONS = ("version.cfg", "runtime/version.info", "compiler/version.info", "*/ascend_toolkit_install.info")
+_PTO_VERSIONS = ("version.cmake", "version.info")
 
 
-def pto_toolchain(arch: str = PTO_ARCH) -> Toolchain:
-    """CANN's bisheng, for kernels written with the PTO instructions; `arch` is dav-2201 on an Ascend 910B.
+def pto_toolchain(arch: str | None = None) -> Toolchain:
+    """CANN's bisheng, for kernels written with the PTO instructions; `arch` is NPU_ARCH unless given, else dav-2201.
 
     It is looked for on PATH, then in ASCEND_HOME_PATH or ASCEND_TOOLKIT_HOME. PTO's headers are those of PTO_LIB_PATH,
-    else of CANN. Not run on Ascend hardware yet. Raises ToolchainMissing where something is not there.
+    else of CANN; what both say of their versions counts as the compiler's. Not run on Ascend hardware yet. Raises
+    ToolchainMissing, which names all that is not there.
     """
     home, library = settings.ascend_home(), settings.pto_lib_path()
     places = ["bisheng", *([os.path.join(home, "bin", "bisheng")] if home else [])]
     found = next(filter(None, map(shutil.which, places)), None)
-    if found is None:
-        raise ToolchainMissing("CANN's compiler bisheng is not on PATH", "install CANN and source its set_env.sh")
-    folders = [os.path.join(folder, "include") for folder in (library, home) if folder]
+    folders = [os.path.join(os.path.abspath(library), "include")] if library else []
+    folders += [os.path.join(os.path.abspath(home), *name.split("/")) for name in _CANN_INCLUDES] if home else []
+    absent, steps = [], []
     if not any(os.path.isdir(os.path.join(folder, "pto")) for folder in folders):
-        where = "PTO_LIB_PATH has no include/pto" if library else "PTO's headers are not there"
-        raise ToolchainMissing(where, "set PTO_LIB_PATH to a checkout of the PTO library")
-    flags = ("-O2", "-std=c++17", "-fPIC", "-shared", "-xcce", f"--npu-arch={arch}", "-DMEMORY_BASE")
+        absent.append("PTO_LIB_PATH has no include/pto" if library else "PTO's headers are not there")
+        steps.append("set PTO_LIB_PATH to a checkout of the PTO library")
+    if found is None:
+        absent.append("CANN's compiler bisheng is not on PATH")
+    if home is None:
+        absent.append("neither ASCEND_HOME_PATH nor ASCEND_TOOLKIT_HOME is set")
+    if found is None or home is None:
+        steps.append("install CANN and source its set_env.sh")
+    if found is None or home is None or absent:
+        raise ToolchainMissing("; ".join(absent), "; ".join(steps))
+    arch = arch or settings.npu_arch() or PTO_ARCH
+    base = ("-O2", "-std=c++17", "-fPIC", "-shared", "-xcce", f"--npu-arch={arch}")
+    flags = (*base, "-DMEMORY_BASE", "-Wno-ignored-attributes", *(f"-I{folder}" for folder in folders))
     compiler = Path(found).absolute()
-    return Toolchain(compiler, version_output(compiler), (*flags, *(f"-I{os.path.abspath(f)}" for f in folders)))
+    versions = [_versions(home, _CANN_VERSIONS), *([_versions(library, _PTO_VERSIONS)] if library else [])]
+    return Toolchain(compiler, version_output(compiler) + "".join(versions), flags)
+
+
+def _versions(folder: str, patterns: Sequence[str]) -> str:
+    """The files in which a toolkit or a library tells its version, their names before their contents."""
+    found = ""
+    for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern)}):
+        with suppress(OSError):
+            found += f"\n{path.relative_to(folder)}:\n{path.read_text(errors='replace')}"
+    return found
 
 
 def missing(toolchain: Callable[[], Toolchain]) -> str | None:

@@ -6,8 +6,9 @@ from attnbench.backend import Backend
 from attnbench.hookspecs import hookimpl
 from attnbench_plugins.jit_flash.cpu import JitFlashCpu
 from attnbench_plugins.jit_flash.cuda import JitFlashCuda
+from attnbench_plugins.jit_flash.npu import JitFlashNpu
 
 
 @hookimpl
 def attnbench_backends() -> list[Backend]:
-    return [JitFlashCpu(), JitFlashCuda()]
+    return [JitFlashCpu(), JitFlashCuda(), JitFlashNpu()]
