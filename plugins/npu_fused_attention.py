@@ -21,7 +21,7 @@ INNER_PRECISE = 0
 """High precision, its default; 1 trades precision of fp16 for speed."""
 
 
-class NpuFusedAttention(NpuOperator):
+class NpuFusedAttention(NpuOperator):  # type: ignore[misc]
     """torch_npu.npu_fused_infer_attention_score; of a single query it becomes the operator for decoding."""
 
     name = "npu_fused_attention"
@@ -29,7 +29,8 @@ class NpuFusedAttention(NpuOperator):
     operator_name = "npu_fused_infer_attention_score"
 
     def unsupported(self, problem: Problem) -> str | None:
-        return super().unsupported(problem) or inference_limits(problem)
+        reason: str | None = super().unsupported(problem) or inference_limits(problem)
+        return reason
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         require_contiguous(q, k, v)

@@ -16,7 +16,7 @@ EVERY_TOKEN = 2**31 - 1
 LONGEST = 1 << 20
 
 
-class NpuFusionAttention(NpuOperator):
+class NpuFusionAttention(NpuOperator):  # type: ignore[misc]
     """torch_npu.npu_fusion_attention, which gives softmax's maxima and sums too. It cannot be captured as a graph."""
 
     name = "npu_fusion_attention"
@@ -25,7 +25,8 @@ class NpuFusionAttention(NpuOperator):
     largest_group = None
 
     def unsupported(self, problem: Problem) -> str | None:
-        if reason := super().unsupported(problem):
+        reason: str | None = super().unsupported(problem)
+        if reason:
             return reason
         return f"up to {LONGEST} keys and queries" if max(problem.seqlen_q, problem.seqlen_k) > LONGEST else None
 

@@ -15,14 +15,15 @@ INNER_PRECISE = 0
 """High precision, as npu_fused_attention has it; the default here is 1, high performance."""
 
 
-class NpuIncreFlashAttention(NpuOperator):
+class NpuIncreFlashAttention(NpuOperator):  # type: ignore[misc]
     """torch_npu.npu_incre_flash_attention, whose scale is called scale_value. Its single query sees all keys."""
 
     name = "npu_incre_flash_attention"
     summary = f"torch_npu.npu_incre_flash_attention, inner_precise {INNER_PRECISE} (not yet run on hardware)"
 
     def unsupported(self, problem: Problem) -> str | None:
-        if reason := super().unsupported(problem) or inference_limits(problem):
+        reason: str | None = super().unsupported(problem) or inference_limits(problem)
+        if reason:
             return reason
         return "one query a head, as in decoding" if problem.seqlen_q != 1 else None
 

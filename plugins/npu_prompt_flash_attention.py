@@ -21,14 +21,15 @@ EVERY_TOKEN = 2**31 - 1
 """What hides nothing; the default of next_tokens is 0, every other operator's is this."""
 
 
-class NpuPromptFlashAttention(NpuOperator):
+class NpuPromptFlashAttention(NpuOperator):  # type: ignore[misc]
     """torch_npu.npu_prompt_flash_attention, whose scale is called scale_value."""
 
     name = "npu_prompt_flash_attention"
     summary = "torch_npu.npu_prompt_flash_attention (not yet run on hardware)"
 
     def unsupported(self, problem: Problem) -> str | None:
-        if reason := super().unsupported(problem) or inference_limits(problem):
+        reason: str | None = super().unsupported(problem) or inference_limits(problem)
+        if reason:
             return reason
         if problem.head_dim % 16 and problem.batch > 128:
             return "batches up to 128 of head sizes that are no multiples of 16"
