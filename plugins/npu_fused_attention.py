@@ -6,35 +6,36 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl
-from attnbench_plugins.npu_operators import (
-    SPARSE_MODE_CAUSAL,
-    NpuOperator,
-    causal_mask,
-    inference_limits,
-    require_contiguous,
-)
+from attnbench.problem import DeviceKind
+from attnbench_plugins import npu_operators
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+OPERATOR = "npu_fused_infer_attention_score"
 INNER_PRECISE = 0
 """High precision, its default; 1 trades precision of fp16 for speed."""
 
 
-class NpuFusedAttention(NpuOperator):  # type: ignore[misc]
+class NpuFusedAttention(Backend):
     """torch_npu.npu_fused_infer_attention_score; of a single query it becomes the operator for decoding."""
 
     name = "npu_fused_attention"
+    device: DeviceKind = "npu"
     summary = f"torch_npu.npu_fused_infer_attention_score, inner_precise {INNER_PRECISE} (not yet run on hardware)"
-    operator_name = "npu_fused_infer_attention_score"
+    homepage: str = npu_operators.HOMEPAGE
+
+    def unavailable(self) -> str | None:
+        reason: str | None = npu_operators.unavailable(OPERATOR)
+        return reason
 
     def unsupported(self, problem: Problem) -> str | None:
-        reason: str | None = super().unsupported(problem) or inference_limits(problem)
+        reason: str | None = npu_operators.inference_limits(problem)
         return reason
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        require_contiguous(q, k, v)
-        attend = self.operator
+        npu_operators.require_contiguous(q, k, v)
+        attend = npu_operators.operator(OPERATOR)
         # The scale is always given: its default is 1.
         options: dict[str, object] = {
             "num_heads": problem.heads_q,
@@ -44,7 +45,10 @@ class NpuFusedAttention(NpuOperator):  # type: ignore[misc]
             "inner_precise": INNER_PRECISE,
         }
         if problem.causal and problem.seqlen_q > 1:  # a single query sees all keys, and knows no sparse mode
-            options |= {"atten_mask": causal_mask(q.device), "sparse_mode": SPARSE_MODE_CAUSAL}
+            options |= {
+                "atten_mask": npu_operators.causal_mask(q.device),
+                "sparse_mode": npu_operators.SPARSE_MODE_CAUSAL,
+            }
 
         def call() -> Tensor:
             output: Tensor = attend(q, k, v, **options)[0]

@@ -6,33 +6,39 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl
-from attnbench_plugins.npu_operators import SPARSE_MODE_CAUSAL, NpuOperator, causal_mask, require_contiguous
+from attnbench.problem import DeviceKind
+from attnbench_plugins import npu_operators
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+OPERATOR = "npu_fusion_attention"
 EVERY_TOKEN = 2**31 - 1
 """What pre_tockens and next_tockens, so spelled, are where they hide nothing."""
 LONGEST = 1 << 20
 
 
-class NpuFusionAttention(NpuOperator):  # type: ignore[misc]
+class NpuFusionAttention(Backend):
     """torch_npu.npu_fusion_attention, which gives softmax's maxima and sums too. It cannot be captured as a graph."""
 
     name = "npu_fusion_attention"
+    device: DeviceKind = "npu"
     summary = "torch_npu.npu_fusion_attention, the operator for training (not yet run on hardware)"
-    largest_head_dim = 768
-    largest_group = None
+    homepage: str = npu_operators.HOMEPAGE
+
+    def unavailable(self) -> str | None:
+        reason: str | None = npu_operators.unavailable(OPERATOR)
+        return reason
 
     def unsupported(self, problem: Problem) -> str | None:
-        reason: str | None = super().unsupported(problem)
-        if reason:
-            return reason
-        return f"up to {LONGEST} keys and queries" if max(problem.seqlen_q, problem.seqlen_k) > LONGEST else None
+        reason: str | None = npu_operators.limits(problem, largest_head_dim=768, largest_group=None)
+        if reason is None and max(problem.seqlen_q, problem.seqlen_k) > LONGEST:
+            return f"up to {LONGEST} keys and queries"
+        return reason
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        require_contiguous(q, k, v)
-        attend = self.operator
+        npu_operators.require_contiguous(q, k, v)
+        attend = npu_operators.operator(OPERATOR)
         heads, layout = problem.heads_q, "BNSD"
         # The scale is always given: its default is 1.
         options: dict[str, object] = {
@@ -42,7 +48,10 @@ class NpuFusionAttention(NpuOperator):  # type: ignore[misc]
             "next_tockens": EVERY_TOKEN,
         }
         if problem.causal:
-            options |= {"atten_mask": causal_mask(q.device), "sparse_mode": SPARSE_MODE_CAUSAL}
+            options |= {
+                "atten_mask": npu_operators.causal_mask(q.device),
+                "sparse_mode": npu_operators.SPARSE_MODE_CAUSAL,
+            }
 
         def call() -> Tensor:
             output: Tensor = attend(q, k, v, heads, layout, **options)[0]

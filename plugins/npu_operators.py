@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnbench import Backend, Problem
-from attnbench.problem import DeviceKind
+from attnbench import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -23,52 +22,51 @@ LONGEST = 20 << 20
 LONGEST_DECODE = 1 << 18
 
 
-class NpuOperator(Backend):
-    """An attention operator of torch_npu on BNSD tensors, which are BHSD by another name."""
+HOMEPAGE = "https://gitcode.com/Ascend/op-plugin"
 
-    device: DeviceKind = "npu"
-    homepage = "https://gitcode.com/Ascend/op-plugin"
-    operator_name = ""
-    """torch_npu's, where the backend is not called like it."""
-    largest_head_dim = 512
-    largest_group: int | None = 64
-    """Query heads to a key head; None where nothing but the heads' own number bounds them."""
 
-    @property
-    def operator(self) -> Any:
-        """The function. Raises AttributeError where this torch_npu has none."""
-        return getattr(importlib.import_module("torch_npu"), self.operator_name or self.name)
+def operator(name: str) -> Any:
+    """An attention operator of torch_npu, on BNSD tensors, which are BHSD by another name.
 
-    def unavailable(self) -> str | None:
-        from attnbench.devices import device
+    Raises AttributeError where this torch_npu has none of that name.
+    """
+    return getattr(importlib.import_module("torch_npu"), name)
 
-        if reason := device("npu").unavailable():
-            return reason
-        try:
-            _ = self.operator
-        except AttributeError:
-            return f"this torch_npu has no {self.operator_name or self.name}: install one that attnbench[npu] asks for"
-        return None
 
-    def unsupported(self, problem: Problem) -> str | None:
-        largest = self.largest_head_dim
-        if problem.direction != "fwd":
-            return "forward only"
-        if problem.head_dim != problem.head_dim_v:
-            return "one head size for q, k and v"
-        if problem.window is not None:
-            return "no sliding window"
-        if problem.head_dim > largest or problem.head_dim % 8:
-            return f"head sizes that are multiples of 8 up to {largest}"
-        if problem.heads_q > 256:
-            return "up to 256 heads"
-        if self.largest_group and problem.heads_q // problem.heads_kv > self.largest_group:
-            return f"up to {self.largest_group} query heads to a key head"
-        return None
+def unavailable(name: str) -> str | None:
+    """Why the operator of that name cannot be called here; None where it can."""
+    from attnbench.devices import device
+
+    if reason := device("npu").unavailable():
+        return reason
+    try:
+        operator(name)
+    except AttributeError:
+        return f"this torch_npu has no {name}: install one that attnbench[npu] asks for"
+    return None
+
+
+def limits(problem: Problem, largest_head_dim: int = 512, largest_group: int | None = 64) -> str | None:
+    """What none of the operators does, in words; `largest_group` bounds the query heads to a key head."""
+    if problem.direction != "fwd":
+        return "forward only"
+    if problem.head_dim != problem.head_dim_v:
+        return "one head size for q, k and v"
+    if problem.window is not None:
+        return "no sliding window"
+    if problem.head_dim > largest_head_dim or problem.head_dim % 8:
+        return f"head sizes that are multiples of 8 up to {largest_head_dim}"
+    if problem.heads_q > 256:
+        return "up to 256 heads"
+    if largest_group and problem.heads_q // problem.heads_kv > largest_group:
+        return f"up to {largest_group} query heads to a key head"
+    return None
 
 
 def inference_limits(problem: Problem) -> str | None:
     """What the operators for inference do not do, in words."""
+    if reason := limits(problem):
+        return reason
     if problem.dtype == "fp32":
         return "fp16 and bf16 only"
     if problem.batch > 65535:

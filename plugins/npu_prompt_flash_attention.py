@@ -6,30 +6,32 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl
-from attnbench_plugins.npu_operators import (
-    SPARSE_MODE_CAUSAL,
-    NpuOperator,
-    causal_mask,
-    inference_limits,
-    require_contiguous,
-)
+from attnbench.problem import DeviceKind
+from attnbench_plugins import npu_operators
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+OPERATOR = "npu_prompt_flash_attention"
 EVERY_TOKEN = 2**31 - 1
 """What hides nothing; the default of next_tokens is 0, every other operator's is this."""
 
 
-class NpuPromptFlashAttention(NpuOperator):  # type: ignore[misc]
+class NpuPromptFlashAttention(Backend):
     """torch_npu.npu_prompt_flash_attention, whose scale is called scale_value."""
 
     name = "npu_prompt_flash_attention"
+    device: DeviceKind = "npu"
     summary = "torch_npu.npu_prompt_flash_attention (not yet run on hardware)"
+    homepage: str = npu_operators.HOMEPAGE
+
+    def unavailable(self) -> str | None:
+        reason: str | None = npu_operators.unavailable(OPERATOR)
+        return reason
 
     def unsupported(self, problem: Problem) -> str | None:
-        reason: str | None = super().unsupported(problem) or inference_limits(problem)
-        if reason:
+        reason: str | None = npu_operators.inference_limits(problem)
+        if reason is not None:
             return reason
         if problem.head_dim % 16 and problem.batch > 128:
             return "batches up to 128 of head sizes that are no multiples of 16"
@@ -38,8 +40,8 @@ class NpuPromptFlashAttention(NpuOperator):  # type: ignore[misc]
         return None
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        require_contiguous(q, k, v)
-        attend = self.operator
+        npu_operators.require_contiguous(q, k, v)
+        attend = npu_operators.operator(OPERATOR)
         # The scale is always given: its default is 1.
         options: dict[str, object] = {
             "num_heads": problem.heads_q,
@@ -50,7 +52,10 @@ class NpuPromptFlashAttention(NpuOperator):  # type: ignore[misc]
             "next_tokens": EVERY_TOKEN,
         }
         if problem.causal:
-            options |= {"atten_mask": causal_mask(q.device), "sparse_mode": SPARSE_MODE_CAUSAL}
+            options |= {
+                "atten_mask": npu_operators.causal_mask(q.device),
+                "sparse_mode": npu_operators.SPARSE_MODE_CAUSAL,
+            }
 
         def call() -> Tensor:
             output: Tensor = attend(q, k, v, **options)
