@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers import ROOT, Answer, attnbench, python
+from test_jit_flash_npu import Cann
 
 from attnbench import Problem
 from attnbench_plugins.npu_fused_attention import NpuFusedAttention
@@ -566,7 +567,7 @@ def test_an_operator_that_does_nothing_is_incorrect_and_one_that_takes_as_long_w
 
 def test_a_run_on_the_npu_goes_down_to_the_published_table(site: Path, tmp_path: Path) -> None:
     words = ("--seqlen-q", "128,256", "--seqlen-k", "512", *QUICK, "--out", "r")
-    chosen = "npu_fused_attention,npu_prompt,npu_fusion,pto"
+    chosen = "npu_fused_attention,npu_prompt,npu_fusion,pto_flash"
     answer = command("run", "--backends", chosen, *words, cwd=tmp_path, TASK_QUEUE_ENABLE="1")
     assert answer.code == 0, answer.err
     lines = (tmp_path / "r" / "results.csv").read_text().splitlines()
@@ -594,6 +595,37 @@ def test_a_run_on_the_npu_goes_down_to_the_published_table(site: Path, tmp_path:
     again = command("report", "published.csv", cwd=tmp_path)
     assert again.code == 0, again.err
     assert "vs npu_fused_attention · b1-h1-d128-fp16 · Ascend 910B2" in again.out
+
+
+def toolkit(folder: Path, fault: str) -> dict[str, str]:
+    """Variables that name a CANN and a PTO library whose compiler is a stand-in with that fault."""
+    with pytest.MonkeyPatch.context() as patch:
+        cann = Cann(folder, patch)
+        cann.fail(fault)
+    cache = str(folder / "cache")
+    return {"ASCEND_HOME_PATH": str(cann.home), "PTO_LIB_PATH": str(cann.library), "ATTNBENCH_CACHE_DIR": cache}
+
+
+def test_jit_flash_runs_beside_the_fused_baseline(site: Path, tmp_path: Path) -> None:
+    words = ("--backends", "jit_flash,npu_fused", "--seqlen-q", "128,256", "--seqlen-k", "512", *QUICK, "--out", "r")
+    answer = command("run", *words, cwd=tmp_path, **toolkit(tmp_path, "none"))
+    assert answer.code == 0, answer.err
+    rows = list(csv.DictReader((tmp_path / "r" / "results.csv").read_text().splitlines()))
+    assert [(row["kernel"], row["status"]) for row in rows] == [
+        ("jit_flash", "PASSED"),
+        ("npu_fused_attention", "PASSED"),
+    ] * 2
+    assert [row["used_cores"] for row in rows if row["kernel"] == "jit_flash"] == ["4", "8"]  # units of 128 keys
+    head = "| S0 | S1 | Fused µs | JIT µs | Speedup | JIT TFLOP/s | Normalized JIT TFLOP/s |"
+    assert " ".join(answer.out.split()).count(head) == 1
+
+
+@pytest.mark.parametrize("fault", ["no_op", "dropped_tail", "unnormalised"])
+def test_a_compiled_kernel_that_is_wrong_gets_no_number(site: Path, tmp_path: Path, fault: str) -> None:
+    words = ("--device", "npu", "--backends", "jit_flash", "--seqlen-q", 128, "--seqlen-k", 512, "--json")
+    answer = command("check", *words, cwd=tmp_path, **toolkit(tmp_path, fault))
+    assert [entry["status"] for entry in json.loads(answer.out)] == ["INCORRECT"], answer.err
+    assert answer.code == 1
 
 
 def test_list_works_and_tells_why_where_torch_npu_cannot_be_imported(site: Path, tmp_path: Path) -> None:
