@@ -45,10 +45,7 @@ class NpuFusedAttention(Backend):
             "inner_precise": INNER_PRECISE,
         }
         if problem.causal and problem.seqlen_q > 1:  # a single query sees all keys, and knows no sparse mode
-            options |= {
-                "atten_mask": npu_operators.causal_mask(q.device),
-                "sparse_mode": npu_operators.SPARSE_MODE_CAUSAL,
-            }
+            options |= npu_operators.causal(q.device)
 
         def call() -> Tensor:
             output: Tensor = attend(q, k, v, **options)[0]

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OPERATOR = "npu_fusion_attention"
-EVERY_TOKEN = 2**31 - 1
-"""What pre_tockens and next_tockens, so spelled, are where they hide nothing."""
 LONGEST = 1 << 20
 
 
@@ -44,14 +42,11 @@ class NpuFusionAttention(Backend):
         options: dict[str, object] = {
             "scale": problem.softmax_scale,
             "keep_prob": 1.0,
-            "pre_tockens": EVERY_TOKEN,
-            "next_tockens": EVERY_TOKEN,
+            "pre_tockens": npu_operators.EVERY_TOKEN,  # so spelled
+            "next_tockens": npu_operators.EVERY_TOKEN,
         }
         if problem.causal:
-            options |= {
-                "atten_mask": npu_operators.causal_mask(q.device),
-                "sparse_mode": npu_operators.SPARSE_MODE_CAUSAL,
-            }
+            options |= npu_operators.causal(q.device)
 
         def call() -> Tensor:
             output: Tensor = attend(q, k, v, heads, layout, **options)[0]

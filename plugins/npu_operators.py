@@ -18,10 +18,10 @@ SPARSE_MODE_CAUSAL = 3
 """Aligned bottom-right; 2 is top-left. Without a mask each operator ignores it, and next_tokens too."""
 CAUSAL_MASK_SIZE = 2048
 """Sparse modes 2 to 4 take one compressed mask of this size, whatever the lengths."""
+EVERY_TOKEN = 2**31 - 1
+"""Of tokens before and after the diagonal, what hides nothing."""
 LONGEST = 20 << 20
 LONGEST_DECODE = 1 << 18
-
-
 HOMEPAGE = "https://gitcode.com/Ascend/op-plugin"
 
 
@@ -75,11 +75,12 @@ def inference_limits(problem: Problem) -> str | None:
     return f"up to {longest} keys" if problem.seqlen_k > longest else None
 
 
-def causal_mask(device: torch.device) -> Tensor:
-    """What a causal sparse mode wants: True above the diagonal, (CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE) bool."""
+def causal(device: torch.device) -> dict[str, object]:
+    """The options of a causal call: the sparse mode and the mask that it wants, True above the diagonal."""
     import torch
 
-    return torch.ones(CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE, dtype=torch.bool).triu(1).to(device)
+    mask = torch.ones(CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE, dtype=torch.bool).triu(1).to(device)
+    return {"atten_mask": mask, "sparse_mode": SPARSE_MODE_CAUSAL}
 
 
 def require_contiguous(*tensors: Tensor) -> None:

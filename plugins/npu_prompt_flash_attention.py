@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OPERATOR = "npu_prompt_flash_attention"
-EVERY_TOKEN = 2**31 - 1
-"""What hides nothing; the default of next_tokens is 0, every other operator's is this."""
 
 
 class NpuPromptFlashAttention(Backend):
@@ -48,14 +46,11 @@ class NpuPromptFlashAttention(Backend):
             "num_key_value_heads": problem.heads_kv,
             "scale_value": problem.softmax_scale,
             "input_layout": "BNSD",
-            "pre_tokens": EVERY_TOKEN,
-            "next_tokens": EVERY_TOKEN,
+            "pre_tokens": npu_operators.EVERY_TOKEN,
+            "next_tokens": npu_operators.EVERY_TOKEN,  # its default is 0, that of every other operator this
         }
         if problem.causal:
-            options |= {
-                "atten_mask": npu_operators.causal_mask(q.device),
-                "sparse_mode": npu_operators.SPARSE_MODE_CAUSAL,
-            }
+            options |= npu_operators.causal(q.device)
 
         def call() -> Tensor:
             output: Tensor = attend(q, k, v, **options)

@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -49,7 +50,7 @@ class Captured(Protocol):
         ...
 
 
-class ReplayTimer(EventTimer):
+class ReplayTimer(EventTimer, abc.ABC):
     """Device time of captured calls; of those that cannot be captured, of eager ones."""
 
     def __init__(self, api: Any, torch_device: str) -> None:
@@ -58,9 +59,9 @@ class ReplayTimer(EventTimer):
         """By the id of a call the call itself, whose id is no other's meanwhile, and what it was captured as, or why
         it was not."""
 
+    @abc.abstractmethod
     def _captured(self, call: Callable[[], Tensor]) -> Captured | str:
         """The call captured, or why it cannot be. Raises what an eager call raises."""
-        raise NotImplementedError
 
     def timing_functions(self) -> Iterable[tuple[object, str]]:
         yield from super().timing_functions()
