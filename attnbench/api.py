@@ -91,7 +91,9 @@ def execute(
     start = _starter(the_plan, how)
     books = books or Ledger()
     with books.spend(ledger.START):
-        info = peaks.with_peaks(the_plan.info, the_plan.device)
+        info = the_plan.info
+        if the_plan.device.unavailable() is None:  # else no row of the run has a time
+            info = peaks.with_peaks(info, the_plan.device)
     header = {
         "schema_version": SCHEMA_VERSION,
         "command": list(command),

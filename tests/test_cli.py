@@ -733,6 +733,15 @@ def test_report_compares_with_the_runs_own_baseline(cli: Cli, folder: Path) -> N
     assert cli("report", "r", "--baseline", "sdpa").out.startswith("### gemm_ref vs sdpa ")
 
 
+def test_a_run_on_a_device_that_is_not_there_says_so_in_each_row(cli: Cli) -> None:
+    answer = cli("run", "--device", "cuda", "--backends", "sdpa,jit_flash", *TINY, "--out", "r")
+    assert answer.code == 3
+    assert answer.err.count("Traceback") == 0
+    rows = list(csv.DictReader(Path("r", "results.csv").read_text().splitlines()))
+    assert [(row["kernel"], row["status"]) for row in rows] == [("sdpa", "UNAVAILABLE"), ("jit_flash", "UNAVAILABLE")]
+    assert all("torch" in row["reason"] for row in rows)
+
+
 def test_a_name_that_is_too_long_is_one_clear_error(cli: Cli) -> None:
     answer = cli("report", "x" * 5000)
     assert (answer.code, answer.out) == (2, "")
