@@ -6,7 +6,8 @@
 //
 //     producer        Q K0 V0 K1 V1 K2 V2 …        one thread: TMA into a ring of STAGES, as far as the ring is free
 //     consumer 0      QK0 · softmax0 · [QK1 PV0] · softmax1 · [QK2 PV1] · softmax2 …
-//     consumer 1      the same on 64 rows more, where ROWS is 128
+//     consumer 1      the same on 64 rows more, where ROWS is 128; or, where SHARED_ROWS is 2, on every other key block
+//                     of the same rows, and consumer 0 takes over what came of it
 //
 // […] are issued together: the tensor cores work on PV of one block and QK of the next while the softmax of the latter
 // waits for its scores alone. Then, if CLUSTER > 1:
@@ -23,6 +24,7 @@
 //     ring     STAGES × (K: D/64 boxes of KEYS × 128 bytes, V: DV/64 of them)
 //     received CLUSTER × SLICE rows of DV + 4 floats: O, m, l. Where there is no room for it apart (see APART), it lies
 //              over Q and the ring, which then must have been read by the whole cluster before anybody sends
+//     merged   where SHARED_ROWS is 2, O, m and l of consumer 1, thread by thread
 //     staged   ROWS rows of DV + 4 floats, over the ring or, where that is not apart, behind received
 //     barriers q_full, received, k_full, k_empty, v_full, v_empty [STAGES]
 //
@@ -32,6 +34,7 @@
 //     SPLIT_V blocks that work on the same queries and keys, each with columns of its own
 //     BF16    0: fp16, 1: bf16
 //     ROWS    64 or 128
+//     SHARED_ROWS  consumers that work on the same rows: 1, or 2 where ROWS is 64
 //     KEYS    keys of a block: 64 or 128
 //     STAGES  of the ring
 //     CLUSTER 1 to 16
@@ -46,10 +49,9 @@ using i64 = long long;
 #define MINUS_INFINITY __int_as_float(0xFF800000)
 
 constexpr int WARPGROUP = 128;
-constexpr int CONSUMERS = ROWS / 64;
+constexpr int CONSUMERS = ROWS / 64 * SHARED_ROWS;
 constexpr int CONSUMER_THREADS = CONSUMERS * WARPGROUP;
 constexpr int THREADS = CONSUMER_THREADS + WARPGROUP;
-constexpr bool TURNS = CONSUMERS == 2;
 constexpr int SLICE = (ROWS + CLUSTER - 1) / CLUSTER;  // rows that one block of the cluster adds up; the last ones fewer
 constexpr int PART_ROW = DV + 4;      // floats, of which the last two are nobody's: rows start in different banks
 constexpr int QUERIES = ROWS / PACK;  // of a tile
@@ -62,7 +64,10 @@ constexpr u32 RING_BYTES = STAGES * (K_BYTES + V_BYTES);
 constexpr u32 STAGED_BYTES = CLUSTER > 1 ? ROWS * PART_ROW * 4 : 0;
 constexpr u32 RECEIVED_BYTES = CLUSTER > 1 ? CLUSTER * SLICE * PART_ROW * 4 : 0;
 constexpr u32 BARRIER_BYTES = 8 * (2 + 4 * STAGES);
-constexpr bool APART = Q_BYTES + RING_BYTES + RECEIVED_BYTES + BARRIER_BYTES <= 227 * 1024;  // of a block on sm_90
+constexpr u32 MERGED_BYTES = SHARED_ROWS > 1 ? (DV / 2 + 4) * WARPGROUP * 4 : 0;
+constexpr bool APART =
+    Q_BYTES + RING_BYTES + MERGED_BYTES + RECEIVED_BYTES + BARRIER_BYTES <= 227 * 1024;  // of a block on sm_90
+static_assert(SHARED_ROWS == 1 || (ROWS == 64 && STAGES % 2 == 0), "a stage belongs to one of two consumers");
 static_assert(STAGED_BYTES + (APART ? 0 : RECEIVED_BYTES) <= RING_BYTES + (APART ? 0 : Q_BYTES), "no room for the parts");
 
 extern "C" {
@@ -177,12 +182,18 @@ __device__ __forceinline__ void fence_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void sync_threads(int id, int count) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+__device__ __forceinline__ void store_shared(u32 address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
-__device__ __forceinline__ void arrive_threads(int id, int count) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
+__device__ __forceinline__ float load_shared(u32 address) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void sync_threads(int id, int count) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -324,14 +335,15 @@ __device__ __forceinline__ Tile tile_of(const Params& p, u32 rank) {
 }
 
 struct Shared {
-    u32 q, ring, received, staged, q_full, all_received, k_full, k_empty, v_full, v_empty;
+    u32 q, ring, merged, received, staged, q_full, all_received, k_full, k_empty, v_full, v_empty;
 
     __device__ __forceinline__ explicit Shared(u32 base)
         : q(base),
           ring(q + Q_BYTES),
-          received(APART ? ring + RING_BYTES : base),
+          merged(ring + RING_BYTES),
+          received(APART ? merged + MERGED_BYTES : base),
           staged(APART ? ring : base + RECEIVED_BYTES),
-          q_full(ring + RING_BYTES + (APART ? RECEIVED_BYTES : 0)),
+          q_full(merged + MERGED_BYTES + (APART ? RECEIVED_BYTES : 0)),
           all_received(q_full + 8),
           k_full(all_received + 8),
           k_empty(k_full + 8 * STAGES),
@@ -491,20 +503,11 @@ __device__ __forceinline__ void pack_all(const float (&s)[KEYS / 2], u32 (&weigh
     for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1]);
 }
 
-// Two consumers of the same key blocks take turns at the tensor cores: while one has its products issued, the other
-// does its softmax.
-__device__ __forceinline__ void take_turn(int consumer) {
-    if (TURNS) sync_threads(4 + consumer, 2 * WARPGROUP);
-}
-
-__device__ __forceinline__ void give_turn(int consumer) {
-    if (TURNS) arrive_threads(5 - consumer, 2 * WARPGROUP);
-}
-
-// One part: the consumer's rows on the block's key blocks.
+// The consumer's rows on the block's key blocks, or on every other one.
 __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const Shared& shared, int consumer,
                                        int thread, float (&o)[DV / 2], Softmax& softmax) {
-    const int first_row = 64 * consumer, lane = thread % 32;
+    const int first_row = 64 * (consumer / SHARED_ROWS), lane = thread % 32;
+    int index = consumer % SHARED_ROWS;
     const u32 q = shared.q + first_row * BOX_ROW_BYTES;
     int position[2];
 #pragma unroll
@@ -514,37 +517,32 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
     }
     float s[KEYS / 2], factor[2];
     u32 weights[KEYS / 4];
-    if (!tile.blocks) return;
+    if (index >= tile.blocks) return;
 
     const auto masked = [&](int index) {
         const int key = (tile.block + index) * KEYS;
         if (key < tile.whole_lo || key + KEYS > tile.whole_hi) mask(p, position, key, lane, s);
     };
-    if (consumer == 1) give_turn(consumer);
     barrier_wait(shared.q_full, 0);
     {
-        const Slot slot(0);
+        const Slot slot(index);
         barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
-        take_turn(consumer);
         multiply_scores(q, shared.k(slot.stage), s);
-        give_turn(consumer);
         wgmma_wait<0>();
         if (thread == 0) barrier_arrive(shared.k_empty + 8 * slot.stage);
-        masked(0);
+        masked(index);
         softmax.update(s, p.scale_log2, factor);
         pack_all(s, weights);
     }
-    for (int index = 1; index < tile.blocks; ++index) {
-        const Slot slot(index - 1), next(index);
+    for (; index + SHARED_ROWS < tile.blocks; index += SHARED_ROWS) {
+        const Slot slot(index), next(index + SHARED_ROWS);
         barrier_wait(shared.k_full + 8 * next.stage, next.parity);
-        take_turn(consumer);
         multiply_scores(q, shared.k(next.stage), s);
         barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
         multiply_values(weights, shared.v(slot.stage), o);
-        give_turn(consumer);
         wgmma_wait<1>();
         if (thread == 0) barrier_arrive(shared.k_empty + 8 * next.stage);
-        masked(index);
+        masked(index + SHARED_ROWS);
         softmax.update(s, p.scale_log2, factor);
         wgmma_wait<0>();
         if (thread == 0) barrier_arrive(shared.v_empty + 8 * slot.stage);
@@ -552,10 +550,42 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
         for (int i = 0; i < DV / 2; ++i) o[i] *= factor[i / 2 % 2];
         pack_all(s, weights);
     }
-    const Slot slot(tile.blocks - 1);
+    const Slot slot(index);
     barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
     multiply_values(weights, shared.v(slot.stage), o);
     wgmma_wait<0>();
+}
+
+// Consumer 1 hands what it has over to consumer 0, whose threads have the same rows and columns.
+__device__ __forceinline__ void merge(const Params& p, const Shared& shared, int consumer, int thread,
+                                      float (&o)[DV / 2], Softmax& softmax) {
+    const u32 mine = shared.merged + thread * 4;
+    constexpr int STEP = WARPGROUP * 4, STATE = DV / 2;
+    if (consumer == 1) {
+#pragma unroll
+        for (int i = 0; i < DV / 2; ++i) store_shared(mine + i * STEP, o[i]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            store_shared(mine + (STATE + h) * STEP, softmax.max_score[h]);
+            store_shared(mine + (STATE + 2 + h) * STEP, softmax.sum[h]);
+        }
+    }
+    sync_threads(1, CONSUMER_THREADS);
+    if (consumer == 1) return;
+    float factor[2], other_factor[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const float other = load_shared(mine + (STATE + h) * STEP), top = fmaxf(softmax.max_score[h], other);
+        const float shift = top == MINUS_INFINITY ? 0.0f : top * p.scale_log2;
+        factor[h] = exp2_approx(softmax.max_score[h] * p.scale_log2 - shift);
+        other_factor[h] = exp2_approx(other * p.scale_log2 - shift);
+        softmax.max_score[h] = top;
+        softmax.sum[h] = softmax.sum[h] * factor[h] + load_shared(mine + (STATE + 2 + h) * STEP) * other_factor[h];
+    }
+#pragma unroll
+    for (int i = 0; i < DV / 2; ++i) {
+        o[i] = o[i] * factor[i / 2 % 2] + load_shared(mine + i * STEP) * other_factor[i / 2 % 2];
+    }
 }
 
 // ---- the output ---------------------------------------------------------------------------------------------------
@@ -573,7 +603,7 @@ __device__ __forceinline__ Row out_row(const Params& p, const Tile& tile, u32 ro
 
 __device__ __forceinline__ float log_sum(float max_score, float sum, float scale_log2) {
     constexpr float LN2 = 0.693147180559945309f;
-    return sum > 0 ? (max_score * scale_log2 + log2_approx(sum)) * LN2 : MINUS_INFINITY;
+    return sum == 0 ? MINUS_INFINITY : (max_score * scale_log2 + log2_approx(sum)) * LN2;
 }
 
 // A tile of one part: through shared memory, so that whole rows are written.
@@ -702,8 +732,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(shared.k_full + 8 * stage, 1);
             barrier_init(shared.v_full + 8 * stage, 1);
-            barrier_init(shared.k_empty + 8 * stage, CONSUMERS);
-            barrier_init(shared.v_empty + 8 * stage, CONSUMERS);
+            barrier_init(shared.k_empty + 8 * stage, CONSUMERS / SHARED_ROWS);
+            barrier_init(shared.v_empty + 8 * stage, CONSUMERS / SHARED_ROWS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         if (tile.blocks) load_queries(tile, shared, q_map);
@@ -730,16 +760,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Softmax softmax;
         attend(p, tile, shared, consumer, thread, o, softmax);
         softmax.finish();
+        if (SHARED_ROWS > 1) merge(p, shared, consumer, thread, o, softmax);
+        const bool has_rows = SHARED_ROWS == 1 || consumer == 0;
         if (CLUSTER == 1) {
-            write_rows(p, tile, shared, consumer, thread, o, softmax);
+            if (has_rows) write_rows(p, tile, shared, consumer, thread, o, softmax);
         } else {
             if (!APART) cluster_arrive();  // nobody sends before all have read Q and the ring
             cluster_wait();
-            if (CONSUMERS > 1 && APART) sync_threads(1, CONSUMER_THREADS);  // both have read the ring
-            send_rows(shared, rank, consumer, thread, o, softmax);
+            if (APART && SHARED_ROWS == 1) sync_threads(1, CONSUMER_THREADS);  // all have read the ring
+            if (has_rows) send_rows(shared, rank, consumer, thread, o, softmax);
             barrier_wait(shared.all_received, 0);
+            __syncwarp();
             cluster_arrive();
             add_rows(p, tile, shared, rank, threadIdx.x - WARPGROUP);
+            __syncwarp();
             cluster_wait();  // a block's memory outlives what it sends
         }
     }

@@ -252,6 +252,7 @@ def macros(problem: Problem, config: Config) -> dict[str, int]:
         "ROWS": config.rows,
         "KEYS": config.keys,
         "STAGES": config.stages,
+        "SHARED_ROWS": config.shared_rows,
         "CLUSTER": config.cluster,
         "PACK": packed_heads(problem, config.rows),
     }

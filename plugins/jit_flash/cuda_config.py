@@ -27,11 +27,12 @@ class Config:
     stages: int
     cluster: int = 1
     split_v: int = 1
+    shared_rows: int = 1
 
     @property
     def threads(self) -> int:
-        """Of a block: a warpgroup for every 64 rows, and the producer's."""
-        return 2 * self.rows + 128
+        """Of a block: the consumers' warpgroups, and the producer's."""
+        return 2 * self.rows * self.shared_rows + 128
 
     def columns(self, head_dim_v: int) -> int:
         """Of V, that a block works on."""
@@ -46,6 +47,7 @@ class Config:
             8 * (2 + 4 * self.stages),
         )
         row = (dv + 4) * 4 if self.cluster > 1 else 0
+        q += 128 * (dv // 2 + 4) * 4 if self.shared_rows > 1 else 0  # what one consumer hands to the other
         received, staged = self.cluster * -(-self.rows // self.cluster) * row, self.rows * row
         if q + ring + received + barriers <= SHARED_BYTES:
             return q + ring + received + barriers if staged <= ring else None
