@@ -249,13 +249,17 @@ __device__ __forceinline__ u64 descriptor(u32 address, u32 leading, u32 stride) 
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),     \
         "+f"(d[i + 7])
 #define ROW32(d, i) ROW8(d, i), ROW8(d, i + 8), ROW8(d, i + 16), ROW8(d, i + 24)
-#define D32                                                                                                          \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "      \
-    "%23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define D64                                                                                                          \
-    D32                                                                                                              \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "    \
-    "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define D32                                                                                                           \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "            \
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define D64                                                                                                           \
+    D32                                                                                                               \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "          \
+    "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define D88                                                                                                           \
+    D64                                                                                                               \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "          \
+    "%84, %85, %86, %87"
 
 // d = a·bᵀ (or d += where `add`): 64 × N, 16 deep; a and b in shared memory, contiguous along the depth.
 template <int N>
@@ -266,11 +270,18 @@ __device__ __forceinline__ void scores_step(float* d, u64 a, u64 b, int add) {
             "wgmma.mma_async.sync.aligned.m64n64k16." TYPES " {" D32 "}, %32, %33, add, 1, 1, 0, 0;\n}\n"
             : ROW32(d, 0)
             : "l"(a), "l"(b), "r"(add));
-    } else {
+    } else if constexpr (N == 128) {
         asm volatile(
             "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" D64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"
             : ROW32(d, 0), ROW32(d, 32)
+            : "l"(a), "l"(b), "r"(add));
+    } else {
+        static_assert(N == 176, "keys of a block");
+        asm volatile(
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %90, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n176k16." TYPES " {" D88 "}, %88, %89, add, 1, 1, 0, 0;\n}\n"
+            : ROW32(d, 0), ROW32(d, 32), ROW8(d, 64), ROW8(d, 72), ROW8(d, 80)
             : "l"(a), "l"(b), "r"(add));
     }
 }
