@@ -52,6 +52,7 @@ constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = ROWS / 64 * SHARED_ROWS;
 constexpr int CONSUMER_THREADS = CONSUMERS * WARPGROUP;
 constexpr int THREADS = CONSUMER_THREADS + WARPGROUP;
+constexpr int CLUSTER = OVER_L2 ? 1 : PARTS;
 constexpr int SLICE = (ROWS + CLUSTER - 1) / CLUSTER;  // rows that one block of the cluster adds up; the last ones fewer
 constexpr int PART_ROW = DV + 4;      // floats, of which the last two are nobody's: rows start in different banks
 constexpr int QUERIES = ROWS / PACK;  // of a tile
@@ -92,6 +93,8 @@ struct Params {
     Divisor wave;        // head groups whose tiles are dealt out together, their latest tiles first
     Divisor last_wave;   // as many as the last wave has
     u32 all_groups;      // of all batch elements
+    u32* parts;          // where OVER_L2, for what the blocks of a tile tell each other: see publish
+    u64* arrivals;       // one for every tile; grows by ARRIVALS a launch
     int seqlen_q, seqlen_k, head_dim_v;
     int ahead, behind;   // a query at key position p sees the keys from p - behind to below p + ahead
     float scale_log2;    // softmax_scale · log2(e)
@@ -234,6 +237,13 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Keeps the compiler from reading accumulators before the products that are waited for: it would have to serialise them.
+template <int N>
+__device__ __forceinline__ void settle(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // A matrix descriptor with 128-byte swizzle. `leading` is the distance of 64-column boxes where columns are contiguous
 // (V), `stride` that of eight rows; both in bytes. (PTX ISA, asynchronous warpgroup level matrix operand.)
 __device__ __forceinline__ u64 descriptor(u32 address, u32 leading, u32 stride) {
@@ -318,8 +328,8 @@ __device__ __forceinline__ int high_key(const Params& p, int position) { return 
 
 __device__ __forceinline__ Tile tile_of(const Params& p, u32 rank) {
     Tile tile;
-    const u32 work = blockIdx.x / (CLUSTER * SPLIT_V);
-    tile.column = blockIdx.x / CLUSTER % SPLIT_V * DV;
+    const u32 work = blockIdx.x / (PARTS * SPLIT_V);
+    tile.column = blockIdx.x / PARTS % SPLIT_V * DV;
     u32 all_groups = work / p.tiles, tiles_left = work - all_groups * p.tiles.value;  // a wave of one group
     if (MASKED) {
         const u32 wave = all_groups / p.wave, first = wave * p.wave.value;
@@ -340,8 +350,8 @@ __device__ __forceinline__ Tile tile_of(const Params& p, u32 rank) {
         tile.whole_lo = low_key(p, bottom), tile.whole_hi = high_key(p, top);
     }
     const int first = lo / KEYS, all = (hi + KEYS - 1) / KEYS - first;
-    tile.block = first + all * int(rank) / CLUSTER;
-    tile.blocks = first + all * int(rank + 1) / CLUSTER - tile.block;
+    tile.block = first + all * int(rank) / PARTS;
+    tile.blocks = first + all * int(rank + 1) / PARTS - tile.block;
     return tile;
 }
 
@@ -565,6 +575,7 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
     barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
     multiply_values(weights, shared.v(slot.stage), o);
     wgmma_wait<0>();
+    settle(o);
 }
 
 // Consumer 1 hands what it has over to consumer 0, whose threads have the same rows and columns.
@@ -724,6 +735,121 @@ __device__ __forceinline__ void add_rows(const Params& p, const Tile& tile, cons
     }
 }
 
+// ---- parts over L2 --------------------------------------------------------------------------------------------------
+
+constexpr int CHUNKS = DV / 8;                    // of 8 columns and 16 rows: 32 lanes × 4 floats, in 3 words each
+constexpr int TILE_CHUNKS = ROWS / 16 * CHUNKS;
+constexpr int PART_WORDS = TILE_CHUNKS * 96 + ROWS * 2;
+constexpr int ARRIVALS = PARTS * (ROWS / 64);
+
+// Four floats without their last 8 bits in three words.
+__device__ __forceinline__ void pack24(const float* x, u32 (&w)[3]) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) w[i] = __byte_perm(__float_as_uint(x[i]), __float_as_uint(x[3]), 0x3210 | (5 + i));
+}
+
+__device__ __forceinline__ void unpack24(const u32 (&w)[3], float (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) x[i] = __uint_as_float(w[i] & 0xFFFFFF00u);
+    x[3] = __uint_as_float(__byte_perm(__byte_perm(w[0], w[1], 0x0400), w[2], 0x4210) & 0xFFFFFF00u);
+}
+
+__device__ __forceinline__ u32* part_of(const Params& p, u32 rank) {
+    return p.parts + (u64(blockIdx.x / PARTS) * PARTS + rank) * PART_WORDS;
+}
+
+__device__ __forceinline__ void publish(const Params& p, u32 rank, int consumer, int thread, const float (&o)[DV / 2],
+                                        const Softmax& softmax) {
+    const int lane = thread % 32, warp = consumer * 4 + thread / 32;
+    u32* const mine = part_of(p, rank);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+        u32 w[3];
+        pack24(o + 4 * c, w);
+#pragma unroll
+        for (int i = 0; i < 3; ++i) mine[((warp * CHUNKS + c) * 3 + i) * 32 + lane] = w[i];
+    }
+    if (lane % 4 == 0) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            reinterpret_cast<float2*>(mine + TILE_CHUNKS * 96)[warp * 16 + lane / 4 + 8 * h] =
+                make_float2(softmax.max_score[h], softmax.sum[h]);
+        }
+    }
+    sync_threads(2 + consumer, WARPGROUP);
+    if (thread == 0) {
+        asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(p.arrivals + blockIdx.x / PARTS * 16) : "memory");
+    }
+}
+
+__device__ __forceinline__ void await_parts(const Params& p, u64 before) {
+    const u64 goal = (before / ARRIVALS + 1) * ARRIVALS;
+    u64 now;
+    do {
+        asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(p.arrivals + blockIdx.x / PARTS * 16) : "memory");
+    } while (now < goal);
+}
+
+__device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, u32 rank, int thread) {
+    const int lane = thread % 32;
+    u32* const out = static_cast<u32*>(p.out);
+    constexpr int BATCH = PARTS < 8 ? PARTS : 8;
+    for (int chunk = int(rank) * TILE_CHUNKS / PARTS + thread / 32; chunk < int(rank + 1) * TILE_CHUNKS / PARTS;
+         chunk += CONSUMER_THREADS / 32) {
+        const int row = chunk / CHUNKS * 16 + lane / 4;
+        float top[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0}, total[4] = {0, 0, 0, 0};
+        for (int first = 0; first < PARTS; first += BATCH) {
+            float2 state[BATCH][2];
+            u32 words[BATCH][3];
+#pragma unroll
+            for (int part = 0; part < BATCH; ++part) {
+                const u32* const from = part_of(p, min(first + part, PARTS - 1));
+#pragma unroll
+                for (int i = 0; i < 3; ++i) {
+                    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(words[part][i]) : "l"(from + (chunk * 3 + i) * 32 + lane));
+                }
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(state[part][h].x), "=f"(state[part][h].y) : "l"(from + TILE_CHUNKS * 96 + (row + 8 * h) * 2));
+                    if (first + part >= PARTS) state[part][h] = make_float2(MINUS_INFINITY, 0);
+                }
+            }
+            float shift[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float before = top[h];
+#pragma unroll
+                for (int part = 0; part < BATCH; ++part) top[h] = fmaxf(top[h], state[part][h].x);
+                shift[h] = top[h] == MINUS_INFINITY ? 0.0f : top[h] * p.scale_log2;
+                const float factor = exp2_approx(before * p.scale_log2 - shift[h]);
+                sum[h] *= factor, total[2 * h] *= factor, total[2 * h + 1] *= factor;
+            }
+#pragma unroll
+            for (int part = 0; part < BATCH; ++part) {
+                float x[4];
+                unpack24(words[part], x);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const float weight = exp2_approx(state[part][h].x * p.scale_log2 - shift[h]);
+                    sum[h] += state[part][h].y * weight;
+                    total[2 * h] += x[2 * h] * weight, total[2 * h + 1] += x[2 * h + 1] * weight;
+                }
+            }
+        }
+        const int column = tile.column + chunk % CHUNKS * 8 + lane % 4 * 2;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float inverse = sum[h] > 0 ? inverse_approx(sum[h]) : 0;
+            const Row place = out_row(p, tile, row + 8 * h);
+            if (!place.valid) continue;
+            if (column < p.head_dim_v) {
+                out[(place.index * p.head_dim_v + column) / 2] = pack(total[2 * h] * inverse, total[2 * h + 1] * inverse);
+            }
+            if (p.lse && column == 0) p.lse[place.index] = log_sum(top[h], sum[h], p.scale_log2);
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -732,7 +858,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(1024) unsigned char memory[];
     if (threadIdx.x == WARPGROUP) prefetch(k_map), prefetch(v_map);
     const Shared shared(shared_address(memory));
-    const u32 rank = blockIdx.x % CLUSTER;
+    const u32 rank = blockIdx.x % PARTS;
     const Tile tile = tile_of(p, rank);
     const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
 
@@ -771,9 +897,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Softmax softmax;
         attend(p, tile, shared, consumer, thread, o, softmax);
         softmax.finish();
+        u64 before = 0;  // none of this block's
+        if (OVER_L2 && thread == 0) asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(before) : "l"(p.arrivals + blockIdx.x / PARTS * 16) : "memory");
         if (SHARED_ROWS > 1) merge(p, shared, consumer, thread, o, softmax);
         const bool has_rows = SHARED_ROWS == 1 || consumer == 0;
-        if (CLUSTER == 1) {
+        if (OVER_L2) {
+            if (has_rows) publish(p, rank, consumer, thread, o, softmax);
+            if (thread == 0) await_parts(p, before);
+            sync_threads(2 + consumer, WARPGROUP);
+            add_parts(p, tile, rank, threadIdx.x - WARPGROUP);
+        } else if (CLUSTER == 1) {
             if (has_rows) write_rows(p, tile, shared, consumer, thread, o, softmax);
         } else {
             if (!APART) cluster_arrive();  // nobody sends before all have read Q and the ring

@@ -65,6 +65,8 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("out", "lse")),
         *((name, Divisor) for name in ("tiles", "groups", "key_groups", "wave", "last_wave")),
         ("all_groups", ctypes.c_uint32),
+        ("parts", ctypes.c_void_p),
+        ("arrivals", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("seqlen_q", "seqlen_k", "head_dim_v", "ahead", "behind")),
         ("scale_log2", ctypes.c_float),
     )
@@ -228,14 +230,23 @@ def _launch(
         behind=window - 1,
         scale_log2=problem.softmax_scale * LOG2_E,
     )
+    if config.over_l2:
+        import torch
+        n = units(problem, config)
+        words = n * config.cluster * config.rows * (config.columns(problem.head_dim_v) * 3 // 4 + 2)
+        work = torch.empty(words, dtype=torch.int32, device=q.device)
+        arrivals = torch.zeros(n * 16, dtype=torch.int64, device=q.device)
+        params.parts, params.arrivals = work.data_ptr(), arrivals.data_ptr()
+        params.keep = (work, arrivals)
     shared_bytes = config.shared_bytes(problem.head_dim, problem.head_dim_v)
     if shared_bytes is None:
         raise ValueError(f"{config} takes more shared memory than there is")
     return Launch(
-        _kernel(cubin(problem, config), "flash_attention", shared_bytes, config.cluster, q.device.index),
+        _kernel(cubin(problem, config), "flash_attention", shared_bytes, 1 if config.over_l2 else config.cluster, q.device.index),
         blocks=units(problem, config) * config.cluster,
         threads=config.threads,
-        cluster=config.cluster,
+        cluster=1 if config.over_l2 else config.cluster,
+        cooperative=config.over_l2,
         shared_bytes=shared_bytes,
         arguments=(*maps, params),
     )
@@ -253,7 +264,8 @@ def macros(problem: Problem, config: Config) -> dict[str, int]:
         "KEYS": config.keys,
         "STAGES": config.stages,
         "SHARED_ROWS": config.shared_rows,
-        "CLUSTER": config.cluster,
+        "PARTS": config.cluster,
+        "OVER_L2": int(config.over_l2),
         "PACK": packed_heads(problem, config.rows),
     }
 

@@ -28,6 +28,7 @@ class Config:
     cluster: int = 1
     split_v: int = 1
     shared_rows: int = 1
+    over_l2: bool = False
 
     @property
     def threads(self) -> int:
@@ -46,7 +47,7 @@ class Config:
             self.stages * self.keys * (d + dv) * 2,
             8 * (2 + 4 * self.stages),
         )
-        row = (dv + 4) * 4 if self.cluster > 1 else 0
+        row = (dv + 4) * 4 if self.cluster > 1 and not self.over_l2 else 0
         q += 128 * (dv // 2 + 4) * 4 if self.shared_rows > 1 else 0  # what one consumer hands to the other
         received, staged = self.cluster * -(-self.rows // self.cluster) * row, self.rows * row
         if q + ring + received + barriers <= SHARED_BYTES:

@@ -16,6 +16,7 @@ from attnbench.errors import AttnbenchError
 # Names and values from cuda.h.
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _NON_PORTABLE_CLUSTER = 14
+_COOPERATIVE = 2
 _CLUSTER_DIMENSION = 4
 _FLOAT16, _BFLOAT16 = 6, 9
 _SWIZZLE_128B = 3
@@ -104,12 +105,12 @@ class Launch:
     """A kernel with its grid and arguments, which stay where they are and may be launched any number of times."""
 
     def __init__(
-        self, kernel: Kernel, *, blocks: int, threads: int, cluster: int, shared_bytes: int, arguments: Sequence[Any]
+        self, kernel: Kernel, *, blocks: int, threads: int, cluster: int, shared_bytes: int, arguments: Sequence[Any], cooperative: bool = False,
     ) -> None:
         """`arguments` are ctypes values, as the kernel's parameters are laid out."""
         self._kept = (kernel, arguments)
-        self._attribute = _Attribute(id=_CLUSTER_DIMENSION)
-        self._attribute.value[:3] = (cluster, 1, 1)
+        self._attribute = _Attribute(id=_COOPERATIVE if cooperative else _CLUSTER_DIMENSION)
+        self._attribute.value[:3] = (1, 0, 0) if cooperative else (cluster, 1, 1)
         self.config = _LaunchConfig(
             grid=(blocks, 1, 1),
             block=(threads, 1, 1),
