@@ -1,8 +1,7 @@
-// Forward flash attention for Hopper (sm_90a): TMA feeds wgmma, warps are specialised, keys are split inside a cluster.
+// Forward flash attention for Hopper (sm_90a): TMA feeds wgmma, warps are specialised, keys are split between blocks.
 //
-// One block owns a tile of up to ROWS rows of one key head: queries of PACK query heads that share it, a query's heads
-// next to each other, and DV columns of V. A cluster of CLUSTER blocks owns the same tile, each block a share of the key
-// blocks that it sees:
+// A tile is up to ROWS rows of one key head (queries of PACK query heads that share it, a query's heads next to each
+// other) and DV columns of V. PARTS blocks work on it, each on a share of the key blocks that the tile sees:
 //
 //     producer        Q K0 V0 K1 V1 K2 V2 …        one thread: TMA into a ring of STAGES, as far as the ring is free
 //     consumer 0      QK0 · softmax0 · [QK1 PV0] · softmax1 · [QK2 PV1] · softmax2 …
@@ -10,23 +9,34 @@
 //                     of the same rows, and consumer 0 takes over what came of it
 //
 // […] are issued together: the tensor cores work on PV of one block and QK of the next while the softmax of the latter
-// waits for its scores alone. Then, if CLUSTER > 1:
+// waits for its scores alone. Then, where PARTS is 1:
 //
-//     every block     O, m and l, unnormalised, to its shared memory, and from there to the block of the cluster that adds
-//                     up the row, by bulk copies that count bytes on the receiver's barrier
-//     every block     adds its 1/CLUSTER of the rows over all parts, in the order of the parts, and writes them
+//     consumers       write their rows from registers; where PERSISTENT, the producer has the next tile under way
 //
-// So the sum runs in parallel over the cluster, in one launch, needs no workspace and gives the same bits every time.
+// and where a tile has several parts:
+//
+//     every block     O without its last 8 bits, unnormalised, with m and l, to where the other blocks can read it
+//     every block     adds its 1/PARTS of the tile over all parts, in the order of the parts, and writes it
+//
+// So the sum runs in parallel, in one launch, and gives the same bits every time. There are two places to meet. Where
+// CLUSTERED, the parts are a cluster, and bulk copies that count bytes on the receiver's barrier take each part's share to
+// whoever adds it up: the shortest way, but a cluster lies in one group of SMs, and groups that it does not fill leave
+// SMs idle. Else the parts meet in global memory, which stays in L2, and count their arrivals there: all SMs can take
+// part, in a cooperative launch, as blocks wait for each other.
+//
+// A part is made of chunks: 8 columns of the 16 rows of a warp, 32 lanes × 4 floats, in 3 words each. Chunk
+// c + DV/8 · w has columns 8c … 8c + 7 of rows 16w … 16w + 15.
 //
 // Shared memory, from a base aligned to 1024 bytes (128-byte swizzle, as TMA writes it and wgmma reads it):
 //
-//     Q        max(D, DV)/64 boxes of ROWS × 128 bytes: the output's 16-bit rows pass through here where there is one part
+//     Q        D/64 boxes of ROWS × 128 bytes
 //     ring     STAGES × (K: D/64 boxes of KEYS × 128 bytes, V: DV/64 of them)
-//     received CLUSTER × SLICE rows of DV + 4 floats: O, m, l. Where there is no room for it apart (see APART), it lies
-//              over Q and the ring, which then must have been read by the whole cluster before anybody sends
 //     merged   where SHARED_ROWS is 2, O, m and l of consumer 1, thread by thread
-//     staged   ROWS rows of DV + 4 floats, over the ring or, where that is not apart, behind received
-//     barriers q_full, received, k_full, k_empty, v_full, v_empty [STAGES]
+//     received where CLUSTERED, PARTS × (chunks, then m and l of their rows). Where there is no room for it apart (see
+//              APART), it lies over Q and the ring, which then must have been read by the whole cluster before anybody
+//              sends
+//     staged   where CLUSTERED, this block's part, over the ring or, where that is not apart, behind received
+//     barriers q_full, q_empty, all_received, k_full, k_empty, v_full, v_empty [STAGES]; the next tile's number
 //
 // The source compiles for one configuration, given as macros:
 //     D       head size of Q and K, rounded up to 64; TMA fills the rest with zeros
@@ -35,9 +45,12 @@
 //     BF16    0: fp16, 1: bf16
 //     ROWS    64 or 128
 //     SHARED_ROWS  consumers that work on the same rows: 1, or 2 where ROWS is 64
-//     KEYS    keys of a block: 64 or 128
+//     KEYS    keys of a block: 64, 128 or 176
 //     STAGES  of the ring
-//     CLUSTER 1 to 16
+//     PARTS   blocks that share the keys of a tile
+//     CLUSTERED  1: they are a cluster, of 16 at most; 0: they meet in global memory
+//     PERSISTENT 1: blocks take tiles until there are no more; PARTS and SHARED_ROWS are 1 then
+//     EAGER   1: the producer asks for all that the ring holds at once
 //     PACK    query heads of a tile; a divisor of those that share a key head
 //     MASKED  1: causal or window
 // No header is included, so that NVRTC compiles it without a CUDA toolkit.
@@ -52,23 +65,29 @@ constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = ROWS / 64 * SHARED_ROWS;
 constexpr int CONSUMER_THREADS = CONSUMERS * WARPGROUP;
 constexpr int THREADS = CONSUMER_THREADS + WARPGROUP;
-constexpr int CLUSTER = OVER_L2 ? 1 : PARTS;
-constexpr int SLICE = (ROWS + CLUSTER - 1) / CLUSTER;  // rows that one block of the cluster adds up; the last ones fewer
-constexpr int PART_ROW = DV + 4;      // floats, of which the last two are nobody's: rows start in different banks
 constexpr int QUERIES = ROWS / PACK;  // of a tile
 constexpr int BOX_COLUMNS = 64;       // of 2 bytes: the 128 bytes of a swizzled row
 constexpr int BOX_ROW_BYTES = 128;
-constexpr u32 OUT_BOXES = (D > DV ? D : DV) / BOX_COLUMNS;
-constexpr u32 Q_BYTES = ROWS * OUT_BOXES * BOX_ROW_BYTES;
+constexpr u32 Q_BYTES = ROWS * D * 2;
 constexpr u32 K_BYTES = KEYS * D * 2, V_BYTES = KEYS * DV * 2;
 constexpr u32 RING_BYTES = STAGES * (K_BYTES + V_BYTES);
-constexpr u32 STAGED_BYTES = CLUSTER > 1 ? ROWS * PART_ROW * 4 : 0;
-constexpr u32 RECEIVED_BYTES = CLUSTER > 1 ? CLUSTER * SLICE * PART_ROW * 4 : 0;
-constexpr u32 BARRIER_BYTES = 8 * (2 + 4 * STAGES);
 constexpr u32 MERGED_BYTES = SHARED_ROWS > 1 ? (DV / 2 + 4) * WARPGROUP * 4 : 0;
+constexpr u32 BARRIER_BYTES = 8 * (4 + 4 * STAGES);
+
+constexpr int CHUNKS = DV / 8;  // of a warp's 16 rows
+constexpr int TILE_CHUNKS = ROWS / 16 * CHUNKS;
+constexpr u32 CHUNK_BYTES = 384, STATE_BYTES = 128;  // of 16 rows, m and l of each
+constexpr u32 PART_BYTES = TILE_CHUNKS * CHUNK_BYTES + ROWS / 16 * STATE_BYTES;
+constexpr int SLICE_CHUNKS = (TILE_CHUNKS + PARTS - 1) / PARTS;  // that one block adds up, at most
+constexpr int SLICE_WARPS = (SLICE_CHUNKS + CHUNKS - 2) / CHUNKS + 1;  // whose rows they are of, at most
+constexpr u32 RECEIVED_PART_BYTES = SLICE_CHUNKS * CHUNK_BYTES + SLICE_WARPS * STATE_BYTES;
+constexpr bool IN_CLUSTER = CLUSTERED && PARTS > 1;
+constexpr u32 STAGED_BYTES = IN_CLUSTER ? PART_BYTES : 0;
+constexpr u32 RECEIVED_BYTES = IN_CLUSTER ? PARTS * RECEIVED_PART_BYTES : 0;
 constexpr bool APART =
     Q_BYTES + RING_BYTES + MERGED_BYTES + RECEIVED_BYTES + BARRIER_BYTES <= 227 * 1024;  // of a block on sm_90
 static_assert(SHARED_ROWS == 1 || (ROWS == 64 && STAGES % 2 == 0), "a stage belongs to one of two consumers");
+static_assert(!PERSISTENT || (PARTS == 1 && SHARED_ROWS == 1), "the ring goes on from tile to tile");
 static_assert(STAGED_BYTES + (APART ? 0 : RECEIVED_BYTES) <= RING_BYTES + (APART ? 0 : Q_BYTES), "no room for the parts");
 
 extern "C" {
@@ -93,8 +112,9 @@ struct Params {
     Divisor wave;        // head groups whose tiles are dealt out together, their latest tiles first
     Divisor last_wave;   // as many as the last wave has
     u32 all_groups;      // of all batch elements
-    u32* parts;          // where OVER_L2, for what the blocks of a tile tell each other: see publish
-    u64* arrivals;       // one for every tile; grows by ARRIVALS a launch
+    u32 tiles_in_all;    // of all head groups, and of all columns of V
+    u64* counters;       // where PERSISTENT, tiles taken; where IN_MEMORY, arrivals, COUNTER_STEP apart for each tile
+    unsigned char* parts;  // where IN_MEMORY: (tile, part) of PART_BYTES
     int seqlen_q, seqlen_k, head_dim_v;
     int ahead, behind;   // a query at key position p sees the keys from p - behind to below p + ahead
     float scale_log2;    // softmax_scale · log2(e)
@@ -185,14 +205,36 @@ __device__ __forceinline__ void fence_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void store_shared(u32 address, float value) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+__device__ __forceinline__ void store_shared(u32 address, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ float load_shared(u32 address) {
-    float value;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+__device__ __forceinline__ u32 load_shared(u32 address) {
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
     return value;
+}
+
+__device__ __forceinline__ u32 load_relaxed(const void* address) {
+    u32 value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ u64 load_acquire(const u64* counter) {
+    u64 value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void add_release(u64* counter) {
+    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+__device__ __forceinline__ u64 add_relaxed(u64* counter) {
+    u64 before;
+    asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(counter) : "memory");
+    return before;
 }
 
 __device__ __forceinline__ void sync_threads(int id, int count) {
@@ -317,6 +359,7 @@ struct Tile {
     int batch, group;        // of PACK query heads
     int query;               // the first
     int column;              // of V: the first
+    int chunks;              // of the rows that there are
     int block, blocks;       // this block's key blocks: the first, and how many
     int whole_lo, whole_hi;  // the keys that all rows of the tile see
 };
@@ -326,10 +369,10 @@ __device__ __forceinline__ u32 operator/(u32 n, const Divisor& d) { return (__um
 __device__ __forceinline__ int low_key(const Params& p, int position) { return max(0, position - p.behind); }
 __device__ __forceinline__ int high_key(const Params& p, int position) { return min(p.seqlen_k, position + p.ahead); }
 
-__device__ __forceinline__ Tile tile_of(const Params& p, u32 rank) {
+__device__ __forceinline__ Tile tile_of(const Params& p, u32 number, u32 rank) {
     Tile tile;
-    const u32 work = blockIdx.x / (PARTS * SPLIT_V);
-    tile.column = blockIdx.x / PARTS % SPLIT_V * DV;
+    const u32 work = number / u32(SPLIT_V);
+    tile.column = number % SPLIT_V * DV;
     u32 all_groups = work / p.tiles, tiles_left = work - all_groups * p.tiles.value;  // a wave of one group
     if (MASKED) {
         const u32 wave = all_groups / p.wave, first = wave * p.wave.value;
@@ -341,11 +384,12 @@ __device__ __forceinline__ Tile tile_of(const Params& p, u32 rank) {
     tile.batch = all_groups / p.groups;
     tile.group = all_groups - tile.batch * p.groups.value;
     tile.query = (p.tiles.value - 1 - tiles_left) * QUERIES;
+    const int queries = min(p.seqlen_q - tile.query, QUERIES);
+    tile.chunks = (queries * PACK + 15) / 16 * CHUNKS;
     int lo = 0, hi = p.seqlen_k;
     tile.whole_lo = 0, tile.whole_hi = p.seqlen_k;
     if (MASKED) {
-        const int top = tile.query + p.seqlen_k - p.seqlen_q;
-        const int bottom = min(p.seqlen_q, tile.query + QUERIES) - 1 + p.seqlen_k - p.seqlen_q;
+        const int top = tile.query + p.seqlen_k - p.seqlen_q, bottom = top + queries - 1;
         lo = low_key(p, top), hi = max(lo, high_key(p, bottom));
         tile.whole_lo = low_key(p, bottom), tile.whole_hi = high_key(p, top);
     }
@@ -356,7 +400,7 @@ __device__ __forceinline__ Tile tile_of(const Params& p, u32 rank) {
 }
 
 struct Shared {
-    u32 q, ring, merged, received, staged, q_full, all_received, k_full, k_empty, v_full, v_empty;
+    u32 q, ring, merged, received, staged, q_full, q_empty, all_received, k_full, k_empty, v_full, v_empty, number;
 
     __device__ __forceinline__ explicit Shared(u32 base)
         : q(base),
@@ -365,11 +409,13 @@ struct Shared {
           received(APART ? merged + MERGED_BYTES : base),
           staged(APART ? ring : base + RECEIVED_BYTES),
           q_full(merged + MERGED_BYTES + (APART ? RECEIVED_BYTES : 0)),
-          all_received(q_full + 8),
+          q_empty(q_full + 8),
+          all_received(q_empty + 8),
           k_full(all_received + 8),
           k_empty(k_full + 8 * STAGES),
           v_full(k_empty + 8 * STAGES),
-          v_empty(v_full + 8 * STAGES) {}
+          v_empty(v_full + 8 * STAGES),
+          number(v_empty + 8 * STAGES) {}
 
     __device__ __forceinline__ u32 k(int stage) const { return ring + stage * (K_BYTES + V_BYTES); }
     __device__ __forceinline__ u32 v(int stage) const { return k(stage) + K_BYTES; }
@@ -403,58 +449,94 @@ __device__ __forceinline__ void load_keys(u32 target, const TensorMap& map, u32 
     }
 }
 
-// Not all that the ring holds is asked for at once: what is in flight shares the bandwidth, and comes as late as the
-// last of it. A key block's V and the next one's K are asked for when its own K is there.
-__device__ __forceinline__ void produce(const Params& p, const Tile& tile, const Shared& shared, const TensorMap& k_map,
-                                        const TensorMap& v_map) {
-    const int head = u32(tile.group) / p.key_groups;
-    for (int index = -1; index < tile.blocks; ++index) {
-        if (index >= 0) {
-            const Slot slot(index);
-            barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
-            if (index >= STAGES) barrier_wait(shared.v_empty + 8 * slot.stage, slot.parity ^ 1);
-            load_keys<DV>(shared.v(slot.stage), v_map, shared.v_full + 8 * slot.stage, tile.column,
-                          (tile.block + index) * KEYS, head, tile.batch);
-        }
-        if (index + 1 < tile.blocks) {
-            const Slot next(index + 1);
-            if (index + 1 >= STAGES) barrier_wait(shared.k_empty + 8 * next.stage, next.parity ^ 1);
-            load_keys<D>(shared.k(next.stage), k_map, shared.k_full + 8 * next.stage, 0,
-                         (tile.block + index + 1) * KEYS, head, tile.batch);
+struct Producer {
+    const Params& p;
+    const Shared& shared;
+    const TensorMap &q_map, &k_map, &v_map;
+    int before = 0;  // key blocks of earlier tiles
+
+    __device__ __forceinline__ void ask_keys(const Tile& tile, int index) const {
+        const Slot slot(before + index);
+        if (before + index >= STAGES) barrier_wait(shared.k_empty + 8 * slot.stage, slot.parity ^ 1);
+        load_keys<D>(shared.k(slot.stage), k_map, shared.k_full + 8 * slot.stage, 0, (tile.block + index) * KEYS,
+                     u32(tile.group) / p.key_groups, tile.batch);
+    }
+
+    __device__ __forceinline__ void ask_values(const Tile& tile, int index) const {
+        const Slot slot(before + index);
+        if (before + index >= STAGES) barrier_wait(shared.v_empty + 8 * slot.stage, slot.parity ^ 1);
+        load_keys<DV>(shared.v(slot.stage), v_map, shared.v_full + 8 * slot.stage, tile.column,
+                      (tile.block + index) * KEYS, u32(tile.group) / p.key_groups, tile.batch);
+    }
+
+    // What a tile needs before its first product.
+    __device__ __forceinline__ void begin(const Tile& tile) const {
+        if (tile.blocks) {
+            load_queries(tile, shared, q_map);
+            ask_keys(tile, 0);
+        } else if (PERSISTENT) {
+            barrier_arrive(shared.q_full);
         }
     }
-}
 
-// Address of 16-byte chunk `chunk` of row `row` in boxes of `rows` rows.
-__device__ __forceinline__ u32 swizzled(u32 base, int rows, int row, int chunk) {
-    return base + (chunk / 8 * rows + row) * BOX_ROW_BYTES + ((chunk % 8) ^ (row % 8)) * 16;
-}
+    // Not all that the ring holds is asked for at once: what is in flight shares the bandwidth, and comes as late as the
+    // last of it. A key block's V and the next one's K are asked for when its own K is there. Where all comes from
+    // memory, latency counts for more (EAGER).
+    __device__ __forceinline__ void go_on(const Tile& tile) {
+        for (int index = 0; index < tile.blocks; ++index) {
+            const Slot slot(before + index);
+            if (!EAGER) barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
+            ask_values(tile, index);
+            if (index + 1 < tile.blocks) ask_keys(tile, index + 1);
+        }
+        before += tile.blocks;
+    }
+
+    // The tiles after the first: whoever is free takes the next.
+    __device__ __forceinline__ void take_more() {
+        for (u32 turn = 0;; ++turn) {
+            // Every launch adds tiles_in_all: one for each tile that was taken and one for each block that found none.
+            const u32 number = gridDim.x + u32(add_relaxed(p.counters) % p.tiles_in_all);
+            barrier_wait(shared.q_empty, turn & 1);
+            store_shared(shared.number, number);
+            if (number >= p.tiles_in_all) {
+                barrier_arrive(shared.q_full);
+                return;
+            }
+            const Tile tile = tile_of(p, number, 0);
+            begin(tile);
+            go_on(tile);
+        }
+    }
+};
 
 // What one consumer knows of its 64 rows. A thread holds two of them, 8 apart (the layout of wgmma's accumulators):
 // o[4c + 2h + e] is row 16·warp + lane/4 + 8h, column 8c + 2·(lane%4) + e, and the same for scores.
 struct Softmax {
-    float max_score[2] = {MINUS_INFINITY, MINUS_INFINITY};  // of the scores as they are, not scaled
-    float sum[2] = {0, 0};                                  // of this thread's columns
+    // What is subtracted: the greatest score so far times log2(e). As it is rounded once and then used for all that is
+    // summed up, rounding it costs nothing, however large it is.
+    float shift[2] = {MINUS_INFINITY, MINUS_INFINITY};
+    float sum[2] = {0, 0};  // of this thread's columns
 
-    // Turns scores into exp2(scale · (score - max)), and gives the factors for what was summed up before.
+    // Turns scores into exp2(scale · score - shift), and gives the factors for what was summed up before.
     __device__ __forceinline__ void update(float (&s)[KEYS / 2], float scale, float (&factor)[2]) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float top = max_score[h];
+            float top = MINUS_INFINITY;
 #pragma unroll
             for (int c = 0; c < KEYS / 8; ++c) top = fmaxf(top, fmaxf(s[4 * c + 2 * h], s[4 * c + 2 * h + 1]));
             top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
-            const float shift = top == MINUS_INFINITY ? 0.0f : top * scale;  // a row that has seen no key stays at 0
-            factor[h] = exp2_approx(max_score[h] * scale - shift);
-            max_score[h] = top;
+            const float after = fmaxf(shift[h], top * scale), finite = finite_shift(after);
+            factor[h] = exp2_approx(shift[h] - finite);
+            shift[h] = after;
             float added = 0;
 #pragma unroll
             for (int c = 0; c < KEYS / 8; ++c) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float& x = s[4 * c + 2 * h + e];
-                    x = exp2_approx(x * scale - shift);
+                    x = exp2_approx(x * scale - finite);
                     added += x;
                 }
             }
@@ -468,6 +550,16 @@ struct Softmax {
             sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 1);
             sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 2);
         }
+    }
+
+    // A row that has seen no key has a shift of -inf, and weights of zero.
+    __device__ static __forceinline__ float finite_shift(float shift) { return shift == MINUS_INFINITY ? 0.0f : shift; }
+
+    __device__ static __forceinline__ float inverse(float sum) { return sum == 0 ? 0.0f : inverse_approx(sum); }
+
+    __device__ static __forceinline__ float log_sum(float shift, float sum) {
+        constexpr float LN2 = 0.693147180559945309f;
+        return sum == 0 ? MINUS_INFINITY : (shift + log2_approx(sum)) * LN2;
     }
 };
 
@@ -524,9 +616,10 @@ __device__ __forceinline__ void pack_all(const float (&s)[KEYS / 2], u32 (&weigh
     for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1]);
 }
 
-// The consumer's rows on the block's key blocks, or on every other one.
+// The consumer's rows on the block's key blocks, or on every other one. `turn` is the tile's number among those that the
+// block works on, `before` the key blocks of the earlier ones.
 __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const Shared& shared, int consumer,
-                                       int thread, float (&o)[DV / 2], Softmax& softmax) {
+                                       int thread, int turn, int before, float (&o)[DV / 2], Softmax& softmax) {
     const int first_row = 64 * (consumer / SHARED_ROWS), lane = thread % 32;
     int index = consumer % SHARED_ROWS;
     const u32 q = shared.q + first_row * BOX_ROW_BYTES;
@@ -538,15 +631,18 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
     }
     float s[KEYS / 2], factor[2];
     u32 weights[KEYS / 4];
-    if (index >= tile.blocks) return;
+    const auto read_queries = [&] {
+        if (PERSISTENT && thread == 0) barrier_arrive(shared.q_empty);
+    };
+    if (index >= tile.blocks) return read_queries();
 
     const auto masked = [&](int index) {
         const int key = (tile.block + index) * KEYS;
         if (key < tile.whole_lo || key + KEYS > tile.whole_hi) mask(p, position, key, lane, s);
     };
-    barrier_wait(shared.q_full, 0);
+    if (turn == 0) barrier_wait(shared.q_full, 0);
     {
-        const Slot slot(index);
+        const Slot slot(before + index);
         barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
         multiply_scores(q, shared.k(slot.stage), s);
         wgmma_wait<0>();
@@ -556,7 +652,7 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
         pack_all(s, weights);
     }
     for (; index + SHARED_ROWS < tile.blocks; index += SHARED_ROWS) {
-        const Slot slot(index), next(index + SHARED_ROWS);
+        const Slot slot(before + index), next(before + index + SHARED_ROWS);
         barrier_wait(shared.k_full + 8 * next.stage, next.parity);
         multiply_scores(q, shared.k(next.stage), s);
         barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
@@ -571,43 +667,44 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
         for (int i = 0; i < DV / 2; ++i) o[i] *= factor[i / 2 % 2];
         pack_all(s, weights);
     }
-    const Slot slot(index);
+    read_queries();
+    const Slot slot(before + index);
     barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
     multiply_values(weights, shared.v(slot.stage), o);
     wgmma_wait<0>();
     settle(o);
+    if (PERSISTENT && thread == 0) barrier_arrive(shared.v_empty + 8 * slot.stage);
 }
 
 // Consumer 1 hands what it has over to consumer 0, whose threads have the same rows and columns.
-__device__ __forceinline__ void merge(const Params& p, const Shared& shared, int consumer, int thread,
-                                      float (&o)[DV / 2], Softmax& softmax) {
+__device__ __forceinline__ void merge(const Shared& shared, int consumer, int thread, float (&o)[DV / 2],
+                                      Softmax& softmax) {
     const u32 mine = shared.merged + thread * 4;
     constexpr int STEP = WARPGROUP * 4, STATE = DV / 2;
     if (consumer == 1) {
 #pragma unroll
-        for (int i = 0; i < DV / 2; ++i) store_shared(mine + i * STEP, o[i]);
+        for (int i = 0; i < DV / 2; ++i) store_shared(mine + i * STEP, __float_as_uint(o[i]));
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            store_shared(mine + (STATE + h) * STEP, softmax.max_score[h]);
-            store_shared(mine + (STATE + 2 + h) * STEP, softmax.sum[h]);
+            store_shared(mine + (STATE + h) * STEP, __float_as_uint(softmax.shift[h]));
+            store_shared(mine + (STATE + 2 + h) * STEP, __float_as_uint(softmax.sum[h]));
         }
     }
     sync_threads(1, CONSUMER_THREADS);
     if (consumer == 1) return;
+    const auto theirs = [&](int i) { return __uint_as_float(load_shared(mine + i * STEP)); };
     float factor[2], other_factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const float other = load_shared(mine + (STATE + h) * STEP), top = fmaxf(softmax.max_score[h], other);
-        const float shift = top == MINUS_INFINITY ? 0.0f : top * p.scale_log2;
-        factor[h] = exp2_approx(softmax.max_score[h] * p.scale_log2 - shift);
-        other_factor[h] = exp2_approx(other * p.scale_log2 - shift);
-        softmax.max_score[h] = top;
-        softmax.sum[h] = softmax.sum[h] * factor[h] + load_shared(mine + (STATE + 2 + h) * STEP) * other_factor[h];
+        const float other = theirs(STATE + h), after = fmaxf(softmax.shift[h], other);
+        const float finite = Softmax::finite_shift(after);
+        factor[h] = exp2_approx(softmax.shift[h] - finite);
+        other_factor[h] = exp2_approx(other - finite);
+        softmax.shift[h] = after;
+        softmax.sum[h] = softmax.sum[h] * factor[h] + theirs(STATE + 2 + h) * other_factor[h];
     }
 #pragma unroll
-    for (int i = 0; i < DV / 2; ++i) {
-        o[i] = o[i] * factor[i / 2 % 2] + load_shared(mine + i * STEP) * other_factor[i / 2 % 2];
-    }
+    for (int i = 0; i < DV / 2; ++i) o[i] = o[i] * factor[i / 2 % 2] + theirs(i) * other_factor[i / 2 % 2];
 }
 
 // ---- the output ---------------------------------------------------------------------------------------------------
@@ -623,215 +720,144 @@ __device__ __forceinline__ Row out_row(const Params& p, const Tile& tile, u32 ro
     return {i64(head) * p.seqlen_q + query, row < QUERIES * PACK && query < p.seqlen_q};
 }
 
-__device__ __forceinline__ float log_sum(float max_score, float sum, float scale_log2) {
-    constexpr float LN2 = 0.693147180559945309f;
-    return sum == 0 ? MINUS_INFINITY : (max_score * scale_log2 + log2_approx(sum)) * LN2;
-}
-
-// A tile of one part: through shared memory, so that whole rows are written.
-__device__ __forceinline__ void write_rows(const Params& p, const Tile& tile, const Shared& shared, int consumer,
-                                           int thread, const float (&o)[DV / 2], const Softmax& softmax) {
-    const int lane = thread % 32, first_row = 64 * consumer;
+// Four words of each of four lanes next to each other: word i of lane j becomes word j of lane i.
+__device__ __forceinline__ void transpose(u32 (&w)[4], int lane) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int row = first_row + thread / 32 * 16 + lane / 4 + 8 * h;
-        const float inverse = softmax.sum[h] > 0 ? inverse_approx(softmax.sum[h]) : 0;
+    for (int bit = 1; bit <= 2; bit *= 2) {
 #pragma unroll
-        for (int c = 0; c < DV / 8; ++c) {
-            const u32 both = pack(o[4 * c + 2 * h] * inverse, o[4 * c + 2 * h + 1] * inverse);
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(swizzled(shared.q, ROWS, row, c) + lane % 4 * 4), "r"(both)
-                         : "memory");
+        for (int low = 0; low < 4; ++low) {
+            if (low & bit) continue;
+            u32 &kept = w[low], &given = w[low | bit];
+            const bool odd = lane & bit;
+            const u32 other = __shfl_xor_sync(0xFFFFFFFFu, odd ? kept : given, bit);
+            if (odd) {
+                kept = other;
+            } else {
+                given = other;
+            }
         }
-        const Row place = out_row(p, tile, row);
-        if (p.lse && lane % 4 == 0 && tile.column == 0 && place.valid) {
-            p.lse[place.index] = log_sum(softmax.max_score[h], softmax.sum[h], p.scale_log2);
-        }
-    }
-    sync_threads(2 + consumer, WARPGROUP);
-    constexpr int CHUNKS = DV / 8;
-    uint4* const out = static_cast<uint4*>(p.out);
-#pragma unroll 4
-    for (int index = thread; index < 64 * CHUNKS; index += WARPGROUP) {
-        const int row = first_row + index / CHUNKS, chunk = index % CHUNKS;
-        const Row place = out_row(p, tile, row);
-        uint4 value;
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                     : "r"(swizzled(shared.q, ROWS, row, chunk)));
-        const int column = tile.column + 8 * chunk;
-        if (place.valid && column < p.head_dim_v) out[(place.index * p.head_dim_v + column) / 8] = value;
     }
 }
 
-// A part of a tile of several: each row to the block of the cluster that adds it up.
-__device__ __forceinline__ void send_rows(const Shared& shared, u32 rank, int consumer, int thread,
-                                          const float (&o)[DV / 2], const Softmax& softmax) {
+// A tile of one part, from registers: each lane has 16 bytes of a row after its four have exchanged theirs.
+__device__ __forceinline__ void write_rows(const Params& p, const Tile& tile, int consumer, int thread,
+                                           const float (&o)[DV / 2], const Softmax& softmax) {
     const int lane = thread % 32;
+    uint4* const out = static_cast<uint4*>(p.out);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const u32 row = shared.staged + (64 * consumer + thread / 32 * 16 + lane / 4 + 8 * h) * PART_ROW * 4;
+        const Row place = out_row(p, tile, 64 * consumer + thread / 32 * 16 + lane / 4 + 8 * h);
+        const float inverse = Softmax::inverse(softmax.sum[h]);
 #pragma unroll
-        for (int c = 0; c < DV / 8; ++c) {
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(row + (8 * c + lane % 4 * 2) * 4),
-                         "f"(o[4 * c + 2 * h]), "f"(o[4 * c + 2 * h + 1])
-                         : "memory");
+        for (int c = 0; c < CHUNKS; c += 4) {
+            u32 w[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) w[i] = pack(o[4 * (c + i) + 2 * h] * inverse, o[4 * (c + i) + 2 * h + 1] * inverse);
+            transpose(w, lane);
+            const int column = tile.column + 8 * (c + lane % 4);
+            if (place.valid && column < p.head_dim_v) {
+                out[(place.index * p.head_dim_v + column) / 8] = make_uint4(w[0], w[1], w[2], w[3]);
+            }
         }
-        if (lane % 4 == 0) {
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(row + DV * 4), "f"(softmax.max_score[h]),
-                         "f"(softmax.sum[h])
-                         : "memory");
+        if (p.lse && lane % 4 == 0 && tile.column == 0 && place.valid) {
+            p.lse[place.index] = Softmax::log_sum(softmax.shift[h], softmax.sum[h]);
         }
-    }
-    fence_async();
-    sync_threads(2 + consumer, WARPGROUP);
-    // One thread sends to one block, and no warp to more than a few: a warp's copies are issued one after the other.
-    const int first = 64 * consumer, block = first / SLICE + thread / 8;
-    const int from = max(first, block * SLICE), to = min(first + 64, (block + 1) * SLICE);
-    if (thread % 8 == 0 && from < to) {
-        const u32 target = shared.received + (rank * SLICE + from - block * SLICE) * PART_ROW * 4;
-        send(in_block(target, block), shared.staged + from * PART_ROW * 4, (to - from) * PART_ROW * 4,
-             in_block(shared.all_received, block));
     }
 }
 
-__device__ __forceinline__ void add_rows(const Params& p, const Tile& tile, const Shared& shared, u32 rank,
-                                         int thread) {
-    constexpr int LANES = DV / 4;
-    uint2* const out = static_cast<uint2*>(p.out);
-    const int rows = min(SLICE, ROWS - int(rank) * SLICE);
-    for (int index = thread; index < rows * LANES; index += CONSUMER_THREADS) {
-        const int row = index / LANES, lane = index % LANES;
-        const u32 first = shared.received + row * PART_ROW * 4;
-        float part_max[CLUSTER], part_sum[CLUSTER], top = MINUS_INFINITY;
+// ---- parts --------------------------------------------------------------------------------------------------------
+
+// Four floats without their last 8 bits: the fourth one's bytes are where those of the others were.
+__device__ __forceinline__ void pack_chunk(const float* x, u32 (&words)[3]) {
 #pragma unroll
-        for (int part = 0; part < CLUSTER; ++part) {
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                         : "=f"(part_max[part]), "=f"(part_sum[part])
-                         : "r"(first + (part * SLICE * PART_ROW + DV) * 4));
-            top = fmaxf(top, part_max[part]);
-        }
-        const float shift = top == MINUS_INFINITY ? 0.0f : top * p.scale_log2;
-        float sum = 0, total[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int part = 0; part < CLUSTER; ++part) {
-            float x[4];
-            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-                         : "r"(first + (part * SLICE * PART_ROW + 4 * lane) * 4));
-            const float weight = exp2_approx(part_max[part] * p.scale_log2 - shift);
-            sum += part_sum[part] * weight;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) total[i] += x[i] * weight;
-        }
-        const float inverse = sum > 0 ? inverse_approx(sum) : 0;
-        const Row place = out_row(p, tile, rank * SLICE + row);
-        if (!place.valid) continue;
-        const int column = tile.column + 4 * lane;
-        if (column < p.head_dim_v) {
-            out[(place.index * p.head_dim_v + column) / 4] =
-                make_uint2(pack(total[0] * inverse, total[1] * inverse), pack(total[2] * inverse, total[3] * inverse));
-        }
-        if (p.lse && column == 0) p.lse[place.index] = log_sum(top, sum, p.scale_log2);
+    for (int i = 0; i < 3; ++i) {
+        words[i] = __byte_perm(__float_as_uint(x[i]), __float_as_uint(x[3]), 0x3210 | (5 + i));
     }
 }
 
-// ---- parts over L2 --------------------------------------------------------------------------------------------------
-
-constexpr int CHUNKS = DV / 8;                    // of 8 columns and 16 rows: 32 lanes × 4 floats, in 3 words each
-constexpr int TILE_CHUNKS = ROWS / 16 * CHUNKS;
-constexpr int PART_WORDS = TILE_CHUNKS * 96 + ROWS * 2;
-constexpr int ARRIVALS = PARTS * (ROWS / 64);
-
-// Four floats without their last 8 bits in three words.
-__device__ __forceinline__ void pack24(const float* x, u32 (&w)[3]) {
+__device__ __forceinline__ void unpack_chunk(const u32 (&words)[3], float (&x)[4]) {
 #pragma unroll
-    for (int i = 0; i < 3; ++i) w[i] = __byte_perm(__float_as_uint(x[i]), __float_as_uint(x[3]), 0x3210 | (5 + i));
+    for (int i = 0; i < 3; ++i) x[i] = __uint_as_float(words[i] & 0xFFFFFF00u);
+    x[3] = __uint_as_float(__byte_perm(__byte_perm(words[0], words[1], 0x0400), words[2], 0x4210) & 0xFFFFFF00u);
 }
 
-__device__ __forceinline__ void unpack24(const u32 (&w)[3], float (&x)[4]) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) x[i] = __uint_as_float(w[i] & 0xFFFFFF00u);
-    x[3] = __uint_as_float(__byte_perm(__byte_perm(w[0], w[1], 0x0400), w[2], 0x4210) & 0xFFFFFF00u);
-}
+// Which chunks of a tile a block adds up.
+struct Slice {
+    int first, end;
 
-__device__ __forceinline__ u32* part_of(const Params& p, u32 rank) {
-    return p.parts + (u64(blockIdx.x / PARTS) * PARTS + rank) * PART_WORDS;
-}
+    __device__ __forceinline__ Slice(const Tile& tile, u32 block)
+        : first(tile.chunks * block / PARTS), end(tile.chunks * (block + 1) / PARTS) {}
 
-__device__ __forceinline__ void publish(const Params& p, u32 rank, int consumer, int thread, const float (&o)[DV / 2],
-                                        const Softmax& softmax) {
-    const int lane = thread % 32, warp = consumer * 4 + thread / 32;
-    u32* const mine = part_of(p, rank);
+    __device__ __forceinline__ int first_warp() const { return first / CHUNKS; }
+    __device__ __forceinline__ int warps() const { return end > first ? (end - 1) / CHUNKS - first_warp() + 1 : 0; }
+    __device__ __forceinline__ u32 bytes() const { return (end - first) * CHUNK_BYTES + warps() * STATE_BYTES; }
+};
+
+// This thread's share of a part, by a function that stores a word at an offset in bytes.
+template <class Store>
+__device__ __forceinline__ void store_part(int consumer, int thread, const float (&o)[DV / 2], const Softmax& softmax,
+                                           Store store) {
+    const int lane = thread % 32, warp = 4 * consumer + thread / 32;
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
-        u32 w[3];
-        pack24(o + 4 * c, w);
+        u32 words[3];
+        pack_chunk(o + 4 * c, words);
 #pragma unroll
-        for (int i = 0; i < 3; ++i) mine[((warp * CHUNKS + c) * 3 + i) * 32 + lane] = w[i];
+        for (int i = 0; i < 3; ++i) store((warp * CHUNKS + c) * CHUNK_BYTES + i * 128 + lane * 4, words[i]);
     }
     if (lane % 4 == 0) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            reinterpret_cast<float2*>(mine + TILE_CHUNKS * 96)[warp * 16 + lane / 4 + 8 * h] =
-                make_float2(softmax.max_score[h], softmax.sum[h]);
+            const u32 at = TILE_CHUNKS * CHUNK_BYTES + warp * STATE_BYTES + (lane / 4 + 8 * h) * 8;
+            store(at, __float_as_uint(softmax.shift[h]));
+            store(at + 4, __float_as_uint(softmax.sum[h]));
         }
     }
-    sync_threads(2 + consumer, WARPGROUP);
-    if (thread == 0) {
-        asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(p.arrivals + blockIdx.x / PARTS * 16) : "memory");
-    }
 }
 
-__device__ __forceinline__ void await_parts(const Params& p, u64 before) {
-    const u64 goal = (before / ARRIVALS + 1) * ARRIVALS;
-    u64 now;
-    do {
-        asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(p.arrivals + blockIdx.x / PARTS * 16) : "memory");
-    } while (now < goal);
-}
-
-__device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, u32 rank, int thread) {
+// Adds up a slice and writes it; `load` gives a word of a part: of a chunk, or (where `state`) of a warp's states.
+template <class Load>
+__device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, const Slice& slice, int thread, Load load) {
     const int lane = thread % 32;
     u32* const out = static_cast<u32*>(p.out);
-    constexpr int BATCH = PARTS < 8 ? PARTS : 8;
-    for (int chunk = int(rank) * TILE_CHUNKS / PARTS + thread / 32; chunk < int(rank + 1) * TILE_CHUNKS / PARTS;
-         chunk += CONSUMER_THREADS / 32) {
-        const int row = chunk / CHUNKS * 16 + lane / 4;
-        float top[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0}, total[4] = {0, 0, 0, 0};
+    constexpr int BATCH = PARTS < 16 ? PARTS : 16;  // loaded at once
+    for (int chunk = slice.first + thread / 32; chunk < slice.end; chunk += CONSUMER_THREADS / 32) {
+        const int warp = chunk / CHUNKS;
+        float shift[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0}, total[4] = {0, 0, 0, 0};
         for (int first = 0; first < PARTS; first += BATCH) {
-            float2 state[BATCH][2];
+            float part_shift[BATCH][2], part_sum[BATCH][2];
             u32 words[BATCH][3];
 #pragma unroll
-            for (int part = 0; part < BATCH; ++part) {
-                const u32* const from = part_of(p, min(first + part, PARTS - 1));
-#pragma unroll
-                for (int i = 0; i < 3; ++i) {
-                    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(words[part][i]) : "l"(from + (chunk * 3 + i) * 32 + lane));
-                }
+            for (int i = 0; i < BATCH; ++i) {
+                const int part = min(first + i, PARTS - 1);
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(state[part][h].x), "=f"(state[part][h].y) : "l"(from + TILE_CHUNKS * 96 + (row + 8 * h) * 2));
-                    if (first + part >= PARTS) state[part][h] = make_float2(MINUS_INFINITY, 0);
+                    part_shift[i][h] = __uint_as_float(load(part, warp, true, (lane / 4 + 8 * h) * 8));
+                    part_sum[i][h] = __uint_as_float(load(part, warp, true, (lane / 4 + 8 * h) * 8 + 4));
+                    if (first + i >= PARTS) part_shift[i][h] = MINUS_INFINITY;
                 }
+#pragma unroll
+                for (int word = 0; word < 3; ++word) words[i][word] = load(part, chunk, false, word * 128 + lane * 4);
             }
-            float shift[2];
+            float finite[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float before = top[h];
+                float after = shift[h];
 #pragma unroll
-                for (int part = 0; part < BATCH; ++part) top[h] = fmaxf(top[h], state[part][h].x);
-                shift[h] = top[h] == MINUS_INFINITY ? 0.0f : top[h] * p.scale_log2;
-                const float factor = exp2_approx(before * p.scale_log2 - shift[h]);
+                for (int i = 0; i < BATCH; ++i) after = fmaxf(after, part_shift[i][h]);
+                finite[h] = Softmax::finite_shift(after);
+                const float factor = exp2_approx(shift[h] - finite[h]);
+                shift[h] = after;
                 sum[h] *= factor, total[2 * h] *= factor, total[2 * h + 1] *= factor;
             }
 #pragma unroll
-            for (int part = 0; part < BATCH; ++part) {
+            for (int i = 0; i < BATCH; ++i) {
                 float x[4];
-                unpack24(words[part], x);
+                unpack_chunk(words[i], x);
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const float weight = exp2_approx(state[part][h].x * p.scale_log2 - shift[h]);
-                    sum[h] += state[part][h].y * weight;
+                    const float weight = exp2_approx(part_shift[i][h] - finite[h]);
+                    sum[h] += part_sum[i][h] * weight;
                     total[2 * h] += x[2 * h] * weight, total[2 * h + 1] += x[2 * h + 1] * weight;
                 }
             }
@@ -839,14 +865,40 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, u32
         const int column = tile.column + chunk % CHUNKS * 8 + lane % 4 * 2;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const float inverse = sum[h] > 0 ? inverse_approx(sum[h]) : 0;
-            const Row place = out_row(p, tile, row + 8 * h);
+            const Row place = out_row(p, tile, 16 * warp + lane / 4 + 8 * h);
             if (!place.valid) continue;
+            const float inverse = Softmax::inverse(sum[h]);
             if (column < p.head_dim_v) {
                 out[(place.index * p.head_dim_v + column) / 2] = pack(total[2 * h] * inverse, total[2 * h + 1] * inverse);
             }
-            if (p.lse && column == 0) p.lse[place.index] = log_sum(top[h], sum[h], p.scale_log2);
+            if (p.lse && column == 0) p.lse[place.index] = Softmax::log_sum(shift[h], sum[h]);
         }
+    }
+}
+
+// In a cluster: each block's share of the consumer's rows to it.
+__device__ __forceinline__ void send_rows(const Tile& tile, const Shared& shared, u32 rank, int consumer, int thread) {
+    // One thread sends to one block, and no warp to more than a few: a warp's copies are issued one after the other.
+    const u32 block = thread / 8;
+    if (thread % 8 || block >= PARTS) return;
+    const Slice slice(tile, block);
+    const int from = max(slice.first, 4 * consumer * CHUNKS), to = min(slice.end, 4 * (consumer + 1) * CHUNKS);
+    if (from >= to) return;
+    const u32 target = in_block(shared.received + rank * RECEIVED_PART_BYTES, block);
+    const u32 received = in_block(shared.all_received, block);
+    const int warp = from / CHUNKS, warps = (to - 1) / CHUNKS - warp + 1;
+    send(target + (from - slice.first) * CHUNK_BYTES, shared.staged + from * CHUNK_BYTES, (to - from) * CHUNK_BYTES,
+         received);
+    send(target + SLICE_CHUNKS * CHUNK_BYTES + (warp - slice.first_warp()) * STATE_BYTES,
+         shared.staged + TILE_CHUNKS * CHUNK_BYTES + warp * STATE_BYTES, warps * STATE_BYTES, received);
+}
+
+constexpr u64 ARRIVALS = PARTS * (ROWS / 64);  // that each launch adds to a tile's counter
+constexpr u32 COUNTER_STEP = 16;               // a line of L2 for each
+
+__device__ __forceinline__ void wait_for_arrivals(const u64* counter, u64 before) {
+    const u64 all = (before / ARRIVALS + 1) * ARRIVALS;
+    while (load_acquire(counter) < all) {
     }
 }
 
@@ -858,12 +910,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(1024) unsigned char memory[];
     if (threadIdx.x == WARPGROUP) prefetch(k_map), prefetch(v_map);
     const Shared shared(shared_address(memory));
-    const u32 rank = blockIdx.x % PARTS;
-    const Tile tile = tile_of(p, rank);
+    const u32 rank = blockIdx.x % PARTS, first_number = blockIdx.x / PARTS;
+    Tile tile = tile_of(p, first_number, rank);
+    const Slice slice(tile, rank);
     const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
 
+    Producer producer{p, shared, q_map, k_map, v_map};
     if (threadIdx.x == 0) {
         barrier_init(shared.q_full, 1);
+        barrier_init(shared.q_empty, CONSUMERS);
         barrier_init(shared.all_received, 1);
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
@@ -873,52 +928,88 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(shared.v_empty + 8 * stage, CONSUMERS / SHARED_ROWS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        if (tile.blocks) load_queries(tile, shared, q_map);
-        const int rows = max(0, min(SLICE, ROWS - int(rank) * SLICE));
-        if (CLUSTER > 1) barrier_expect(shared.all_received, CLUSTER * rows * PART_ROW * 4);
+        producer.begin(tile);
+        if (IN_CLUSTER) barrier_expect(shared.all_received, PARTS * slice.bytes());
     }
     __syncthreads();
-    if (CLUSTER > 1 && APART) cluster_arrive();  // nobody sends before all barriers are there
+    if (IN_CLUSTER && APART) cluster_arrive();  // nobody sends before all barriers are there
 
     if (warpgroup == 0) {
         if (CONSUMERS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (thread == 0) produce(p, tile, shared, k_map, v_map);
+        if (thread == 0) {
+            producer.go_on(tile);
+            if (PERSISTENT) producer.take_more();
+        }
         __syncwarp();
-        if (CLUSTER > 1) {
+        if (IN_CLUSTER) {
             if (!APART) cluster_arrive();
             cluster_wait(), cluster_arrive(), cluster_wait();
         }
     } else {
         if (CONSUMERS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         const int consumer = warpgroup - 1;
-        float o[DV / 2];
-#pragma unroll
-        for (int i = 0; i < DV / 2; ++i) o[i] = 0;
-        Softmax softmax;
-        attend(p, tile, shared, consumer, thread, o, softmax);
-        softmax.finish();
-        u64 before = 0;  // none of this block's
-        if (OVER_L2 && thread == 0) asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(before) : "l"(p.arrivals + blockIdx.x / PARTS * 16) : "memory");
-        if (SHARED_ROWS > 1) merge(p, shared, consumer, thread, o, softmax);
         const bool has_rows = SHARED_ROWS == 1 || consumer == 0;
-        if (OVER_L2) {
-            if (has_rows) publish(p, rank, consumer, thread, o, softmax);
-            if (thread == 0) await_parts(p, before);
-            sync_threads(2 + consumer, WARPGROUP);
-            add_parts(p, tile, rank, threadIdx.x - WARPGROUP);
-        } else if (CLUSTER == 1) {
-            if (has_rows) write_rows(p, tile, shared, consumer, thread, o, softmax);
-        } else {
-            if (!APART) cluster_arrive();  // nobody sends before all have read Q and the ring
-            cluster_wait();
-            if (APART && SHARED_ROWS == 1) sync_threads(1, CONSUMER_THREADS);  // all have read the ring
-            if (has_rows) send_rows(shared, rank, consumer, thread, o, softmax);
-            barrier_wait(shared.all_received, 0);
-            __syncwarp();
-            cluster_arrive();
-            add_rows(p, tile, shared, rank, threadIdx.x - WARPGROUP);
-            __syncwarp();
-            cluster_wait();  // a block's memory outlives what it sends
+        for (int turn = 0, before = 0;; ++turn) {
+            float o[DV / 2];
+#pragma unroll
+            for (int i = 0; i < DV / 2; ++i) o[i] = 0;
+            Softmax softmax;
+            attend(p, tile, shared, consumer, thread, turn, before, o, softmax);
+            softmax.finish();
+            if (PARTS == 1) {
+                if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
+                if (has_rows) write_rows(p, tile, consumer, thread, o, softmax);
+            } else if (IN_CLUSTER) {
+                if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
+                if (!APART) cluster_arrive();  // nobody sends before all have read Q and the ring
+                cluster_wait();
+                if (APART && SHARED_ROWS == 1 && CONSUMERS > 1) sync_threads(1, CONSUMER_THREADS);  // both have read the ring
+                if (has_rows) {
+                    store_part(consumer, thread, o, softmax,
+                               [&](u32 at, u32 word) { store_shared(shared.staged + at, word); });
+                    fence_async();
+                    sync_threads(2 + consumer, WARPGROUP);
+                    send_rows(tile, shared, rank, consumer, thread);
+                }
+                barrier_wait(shared.all_received, 0);
+                __syncwarp();
+                cluster_arrive();
+                const u32 received = shared.received;
+                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, [&](int part, int index, bool state, u32 at) {
+                    const u32 chunk = state ? SLICE_CHUNKS * CHUNK_BYTES + (index - slice.first_warp()) * STATE_BYTES
+                                            : (index - slice.first) * CHUNK_BYTES;
+                    return load_shared(received + part * RECEIVED_PART_BYTES + chunk + at);
+                });
+                __syncwarp();
+                cluster_wait();  // a block's memory outlives what it sends
+            } else {
+                unsigned char* const parts = p.parts + u64(first_number) * PARTS * PART_BYTES;
+                u64* const counter = p.counters + u64(first_number) * COUNTER_STEP;
+                u64 arrived = 0;  // before this block did
+                if (thread == 0) arrived = load_acquire(counter);
+                if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
+                if (has_rows) {
+                    if ((4 * consumer + thread / 32) * CHUNKS < tile.chunks) {
+                        unsigned char* const mine = parts + rank * PART_BYTES;
+                        store_part(consumer, thread, o, softmax,
+                                   [&](u32 at, u32 word) { *reinterpret_cast<u32*>(mine + at) = word; });
+                    }
+                    sync_threads(2 + consumer, WARPGROUP);
+                    if (thread == 0) add_release(counter);
+                }
+                if (thread == 0) wait_for_arrivals(counter, arrived);
+                sync_threads(2 + consumer, WARPGROUP);
+                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, [&](int part, int index, bool state, u32 at) {
+                    const u32 chunk = state ? TILE_CHUNKS * CHUNK_BYTES + index * STATE_BYTES : index * CHUNK_BYTES;
+                    return load_relaxed(parts + part * PART_BYTES + chunk + at);
+                });
+            }
+            if (!PERSISTENT) break;
+            before += tile.blocks;
+            barrier_wait(shared.q_full, ~turn & 1);
+            const u32 number = load_shared(shared.number);
+            if (number >= p.tiles_in_all) break;
+            tile = tile_of(p, number, 0);
         }
     }
 }

@@ -25,9 +25,10 @@ from attnbench_plugins.jit_flash.cuda_config import (
     rounded,
     units,
 )
-from attnbench_plugins.jit_flash.cuda_driver import Kernel, Launch, NoContext, tensor_map
+from attnbench_plugins.jit_flash.cuda_driver import Kernel, Launch, NoContext, capture_of, tensor_map
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 ARCH, CAPABILITY = "sm_90a", (9, 0)
@@ -35,6 +36,8 @@ ARCH, CAPABILITY = "sm_90a", (9, 0)
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 1 << 29
 """Positions and their differences fit into 32 bits."""
+COUNTER_STEP = 16
+"""Of the kernel's counters of arrivals."""
 MAX_BLOCKS = (1 << 31) - 1
 """Of a grid, and the kernel's divisions hold below that."""
 MIN_SCALE, MAX_SCALE = 1e-38, 1e6
@@ -65,8 +68,9 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("out", "lse")),
         *((name, Divisor) for name in ("tiles", "groups", "key_groups", "wave", "last_wave")),
         ("all_groups", ctypes.c_uint32),
+        ("tiles_in_all", ctypes.c_uint32),
+        ("counters", ctypes.c_void_p),
         ("parts", ctypes.c_void_p),
-        ("arrivals", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("seqlen_q", "seqlen_k", "head_dim_v", "ahead", "behind")),
         ("scale_log2", ctypes.c_float),
     )
@@ -149,16 +153,18 @@ class JitFlashCuda(Backend):
             config = config or choose(problem, active_clusters(index))
             launch = _launch(problem, config, q, k, v, out, lse)
         stream_of, current = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
+        capturing = torch._C._cuda_isCurrentStreamCapturing
 
         def attend(_owners: tuple[Tensor | None, ...] = (q, k, v, lse)) -> Tensor:
             try:
-                if current() == index:
+                if current() == index and not capturing():
                     launch(stream_of(index))
                     return out
             except NoContext:  # of a thread in which torch has done nothing yet
                 torch.cuda.synchronize(index)
             with torch.cuda.device(index):
-                launch(stream_of(index))
+                stream = stream_of(index)
+                launch(stream, capture_of(stream))
             return out
 
         return attend
@@ -170,7 +176,8 @@ class JitFlashCuda(Backend):
         torch.cuda.synchronize()  # which gives this thread the device's context
         clusters = active_clusters(torch.cuda.current_device())
         config = choose(problem, clusters)
-        return int(min(units(problem, config), clusters[config.cluster]) * config.cluster)
+        launched = units(problem, config) * config.parts
+        return int(min(launched, clusters[config.cluster] * config.cluster))
 
 
 def _require(problem: Problem, name: str, tensor: Tensor, dtype: object, device: object) -> None:
@@ -230,26 +237,56 @@ def _launch(
         behind=window - 1,
         scale_log2=problem.softmax_scale * LOG2_E,
     )
-    if config.over_l2:
-        import torch
-        n = units(problem, config)
-        words = n * config.cluster * config.rows * (config.columns(problem.head_dim_v) * 3 // 4 + 2)
-        work = torch.empty(words, dtype=torch.int32, device=q.device)
-        arrivals = torch.zeros(n * 16, dtype=torch.int64, device=q.device)
-        params.parts, params.arrivals = work.data_ptr(), arrivals.data_ptr()
-        params.keep = (work, arrivals)
     shared_bytes = config.shared_bytes(problem.head_dim, problem.head_dim_v)
     if shared_bytes is None:
         raise ValueError(f"{config} takes more shared memory than there is")
+    launched = units(problem, config)
+    blocks = min(launched, active_clusters(q.device.index)[1]) if config.persistent else launched * config.parts
+    params.tiles_in_all = launched
+    workspaces = _Workspaces(problem, config, q.device)
+
+    def arguments() -> Sequence[object]:
+        own = Params.from_buffer_copy(params)
+        own.counters, own.parts = workspaces.another()
+        return (*maps, own)
+
     return Launch(
-        _kernel(cubin(problem, config), "flash_attention", shared_bytes, 1 if config.over_l2 else config.cluster, q.device.index),
-        blocks=units(problem, config) * config.cluster,
+        _kernel(cubin(problem, config), "flash_attention", shared_bytes, config.cluster, q.device.index),
+        blocks=blocks,
         threads=config.threads,
-        cluster=1 if config.over_l2 else config.cluster,
-        cooperative=config.over_l2,
+        cluster=config.cluster,
+        cooperative=config.meets_in_memory,
         shared_bytes=shared_bytes,
-        arguments=(*maps, params),
+        arguments=arguments,
     )
+
+
+class _Workspaces:
+    """What launches that are in flight at once must not share: counters, and where the parts of a tile meet."""
+
+    STOCK = 32
+    """Sets of counters that are zero from the start: one cleared while a graph is captured is cleared at each replay."""
+
+    def __init__(self, problem: Problem, config: Config, device: torch.device) -> None:
+        import torch
+
+        tiles = units(problem, config)
+        counters = tiles * COUNTER_STEP if config.meets_in_memory else int(config.persistent)
+        parts = tiles * config.parts * config.part_bytes(problem.head_dim_v) if config.meets_in_memory else 0
+        self._stock = list(torch.zeros((self.STOCK, counters), dtype=torch.int64, device=device)) if counters else []
+        self._parts = torch.empty(parts, dtype=torch.uint8, device=device)
+        self._taken: list[tuple[Tensor, Tensor]] = []
+
+    def another(self) -> tuple[int | None, int | None]:
+        """Addresses of counters and parts that nobody else has; None for what the kernel does not use."""
+        import torch
+
+        if not (self._stock or self._taken):
+            return None, None
+        counters = self._stock.pop() if self._stock else torch.zeros_like(self._taken[0][0])
+        parts = torch.empty_like(self._parts) if self._taken else self._parts
+        self._taken.append((counters, parts))
+        return counters.data_ptr(), parts.data_ptr()
 
 
 def macros(problem: Problem, config: Config) -> dict[str, int]:
@@ -264,8 +301,10 @@ def macros(problem: Problem, config: Config) -> dict[str, int]:
         "KEYS": config.keys,
         "STAGES": config.stages,
         "SHARED_ROWS": config.shared_rows,
-        "PARTS": config.cluster,
-        "OVER_L2": int(config.over_l2),
+        "PARTS": config.parts,
+        "CLUSTERED": int(config.clustered),
+        "PERSISTENT": int(config.persistent),
+        "EAGER": int(config.eager),
         "PACK": packed_heads(problem, config.rows),
     }
 
@@ -310,7 +349,7 @@ def active_clusters(device: int) -> Mapping[int, int]:
     kernel = _kernel(_compiled("occupancy.cu"), "empty", SHARED_BYTES, CLUSTERS[-1], device)
     return {
         size: kernel.active_clusters(
-            Launch(kernel, blocks=size, threads=128, cluster=size, shared_bytes=SHARED_BYTES, arguments=())
+            Launch(kernel, blocks=size, threads=128, cluster=size, shared_bytes=SHARED_BYTES, arguments=tuple)
         )
         for size in CLUSTERS
     }

@@ -14,6 +14,8 @@ from attnbench.problem import Problem
 
 SHARED_BYTES = 232_448
 """What a block may have on sm_90."""
+CHUNK_BYTES, STATE_BYTES = 384, 128
+"""Of a part: 8 columns of 16 rows, and what is known of 16 rows."""
 CLUSTERS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 15, 16)
 """Blocks of a cluster: the sizes that were timed. More than 8 the kernel has to ask for."""
 
@@ -25,34 +27,53 @@ class Config:
     rows: int
     keys: int
     stages: int
-    cluster: int = 1
+    parts: int = 1
     split_v: int = 1
     shared_rows: int = 1
-    over_l2: bool = False
+    clustered: bool = True
+    persistent: bool = False
+    eager: bool = False
 
     @property
     def threads(self) -> int:
         """Of a block: the consumers' warpgroups, and the producer's."""
         return 2 * self.rows * self.shared_rows + 128
 
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.parts if self.clustered else 1
+
+    @property
+    def meets_in_memory(self) -> bool:
+        """Whether the parts of a tile do."""
+        return self.parts > 1 and not self.clustered
+
     def columns(self, head_dim_v: int) -> int:
         """Of V, that a block works on."""
         return rounded(-(-head_dim_v // self.split_v))
 
+    def part_bytes(self, head_dim_v: int) -> int:
+        """Of what a block tells the others of its tile."""
+        return self.rows // 16 * (self.columns(head_dim_v) // 8 * CHUNK_BYTES + STATE_BYTES)
+
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int | None:
         """What a block needs, as the kernel lays it out; None where that is more than it may have."""
         d, dv = rounded(head_dim), self.columns(head_dim_v)
-        q, ring, barriers = (
-            self.rows * max(d, dv) * 2,
-            self.stages * self.keys * (d + dv) * 2,
-            8 * (2 + 4 * self.stages),
-        )
-        row = (dv + 4) * 4 if self.cluster > 1 and not self.over_l2 else 0
-        q += 128 * (dv // 2 + 4) * 4 if self.shared_rows > 1 else 0  # what one consumer hands to the other
-        received, staged = self.cluster * -(-self.rows // self.cluster) * row, self.rows * row
-        if q + ring + received + barriers <= SHARED_BYTES:
-            return q + ring + received + barriers if staged <= ring else None
-        return q + ring + barriers if q + ring + barriers <= SHARED_BYTES and received + staged <= q + ring else None
+        q, ring = self.rows * d * 2, self.stages * self.keys * (d + dv) * 2
+        barriers = 8 * (4 + 4 * self.stages)
+        merged = 128 * (dv // 2 + 4) * 4 if self.shared_rows > 1 else 0
+        needed = q + ring + merged + barriers
+        if self.cluster == 1:
+            return needed if needed <= SHARED_BYTES else None
+        chunks = dv // 8
+        slice_chunks = -(-(self.rows // 16 * chunks) // self.parts)
+        slice_warps = (slice_chunks + chunks - 2) // chunks + 1
+        received = self.parts * (slice_chunks * CHUNK_BYTES + slice_warps * STATE_BYTES)
+        staged = self.part_bytes(head_dim_v)
+        if needed + received <= SHARED_BYTES:
+            return needed + received if staged <= ring else None
+        return needed if needed <= SHARED_BYTES and received + staged <= q + ring else None
 
 
 def rounded(head_dim: int) -> int:

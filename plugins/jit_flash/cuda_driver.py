@@ -6,7 +6,7 @@ Through ctypes, as the driver is there wherever torch sees a GPU, and a package 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from attnbench.errors import AttnbenchError
 # Names and values from cuda.h.
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _NON_PORTABLE_CLUSTER = 14
-_COOPERATIVE = 2
-_CLUSTER_DIMENSION = 4
+_COOPERATIVE, _CLUSTER_DIMENSION = 2, 4
 _FLOAT16, _BFLOAT16 = 6, 9
 _SWIZZLE_128B = 3
 _NO_CONTEXT = 201
+_CAPTURING = 1
 _L2_PROMOTION_256B = 3
 PORTABLE_CLUSTER = 8
 """Blocks that a cluster may have on every device that has clusters."""
@@ -102,13 +102,24 @@ class Kernel:
 
 
 class Launch:
-    """A kernel with its grid and arguments, which stay where they are and may be launched any number of times."""
+    """A kernel with its grid and arguments, which may be launched any number of times."""
 
     def __init__(
-        self, kernel: Kernel, *, blocks: int, threads: int, cluster: int, shared_bytes: int, arguments: Sequence[Any], cooperative: bool = False,
+        self,
+        kernel: Kernel,
+        *,
+        blocks: int,
+        threads: int,
+        shared_bytes: int,
+        arguments: Callable[[], Sequence[Any]],
+        cluster: int = 1,
+        cooperative: bool = False,
     ) -> None:
-        """`arguments` are ctypes values, as the kernel's parameters are laid out."""
-        self._kept = (kernel, arguments)
+        """`arguments` gives ctypes values, as the kernel's parameters are laid out; it is called once for every stream
+        and every capture, so that what launches in flight may not share need not be shared. `cooperative`: blocks may
+        wait for each other, since either all of them run or none.
+        """
+        self._handle, self._arguments = kernel.handle, arguments
         self._attribute = _Attribute(id=_COOPERATIVE if cooperative else _CLUSTER_DIMENSION)
         self._attribute.value[:3] = (1, 0, 0) if cooperative else (cluster, 1, 1)
         self.config = _LaunchConfig(
@@ -118,23 +129,47 @@ class Launch:
             attributes=ctypes.pointer(self._attribute),
             attribute_count=1,
         )
-        self._pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         self._launch = _driver().cuLaunchKernelEx
-        self._by_stream: dict[int, tuple[Any, ...]] = {}
+        self._ready: dict[tuple[int, int] | int, tuple[Any, ...]] = {}
         """What is launched on each stream: one that is changed before each launch is no good to two threads."""
 
-    def __call__(self, stream: int) -> None:
-        """Queue it on the stream with this handle. Raises NoContext and DriverError."""
-        arguments = self._by_stream.get(stream)
-        if arguments is None:
+    def __call__(self, stream: int, capture: int = 0) -> None:
+        """Queue it on the stream with this handle, which records the capture with this number unless that is 0.
+
+        Raises NoContext and DriverError, and what `arguments` raises.
+        """
+        key = (stream, capture) if capture else stream
+        ready = self._ready.get(key)
+        if ready is None:
             config = _LaunchConfig.from_buffer_copy(self.config)
             config.stream = stream
-            arguments = (ctypes.byref(config), self._kept[0].handle, self._pointers, None)
-            self._by_stream[stream] = arguments
-        if status := self._launch(*arguments):
+            arguments = self._arguments()
+            pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+            kept = (self._attribute, arguments)
+            ready = (ctypes.byref(config), self._handle, pointers, None), kept
+            self._ready[key] = ready
+        if status := self._launch(*ready[0]):
             if status == _NO_CONTEXT:
                 raise NoContext("cuLaunchKernelEx: this thread has no device")
             raise DriverError(f"cuLaunchKernelEx: {_words(status)}")
+
+
+def capture_of(stream: int) -> int:
+    """The number of what the stream is recording, which no other capture of the process has; 0 where it records nothing.
+
+    Raises DriverError.
+    """
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    _call(
+        "cuStreamGetCaptureInfo_v2",
+        ctypes.c_void_p(stream),
+        ctypes.byref(status),
+        ctypes.byref(number),
+        None,
+        None,
+        None,
+    )
+    return number.value if status.value == _CAPTURING else 0
 
 
 def tensor_map(
