@@ -215,6 +215,18 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
     return value;
 }
 
+__device__ __forceinline__ float2 load_shared_pair(u32 address) {
+    float2 pair;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
+    return pair;
+}
+
+__device__ __forceinline__ float2 load_relaxed_pair(const void* address) {
+    float2 pair;
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "l"(address) : "memory");
+    return pair;
+}
+
 __device__ __forceinline__ u32 load_relaxed(const void* address) {
     u32 value;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -815,9 +827,10 @@ __device__ __forceinline__ void store_part(int consumer, int thread, const float
     }
 }
 
-// Adds up a slice and writes it; `load` gives a word of a part: of a chunk, or (where `state`) of a warp's states.
-template <class Load>
-__device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, const Slice& slice, int thread, Load load) {
+// Adds up a slice and writes it. `parts` gives a lane's word of a part's chunk, and a row's state.
+template <class Parts>
+__device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, const Slice& slice, int thread,
+                                          const Parts& parts) {
     const int lane = thread % 32;
     u32* const out = static_cast<u32*>(p.out);
     constexpr int BATCH = PARTS < 16 ? PARTS : 16;  // loaded at once
@@ -825,26 +838,25 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, con
         const int warp = chunk / CHUNKS;
         float shift[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0}, total[4] = {0, 0, 0, 0};
         for (int first = 0; first < PARTS; first += BATCH) {
-            float part_shift[BATCH][2], part_sum[BATCH][2];
+            float2 state[BATCH][2];  // shift and sum
             u32 words[BATCH][3];
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
                 const int part = min(first + i, PARTS - 1);
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    part_shift[i][h] = __uint_as_float(load(part, warp, true, (lane / 4 + 8 * h) * 8));
-                    part_sum[i][h] = __uint_as_float(load(part, warp, true, (lane / 4 + 8 * h) * 8 + 4));
-                    if (first + i >= PARTS) part_shift[i][h] = MINUS_INFINITY;
-                }
+                for (int word = 0; word < 3; ++word) words[i][word] = parts.word(part, chunk, word * 128 + lane * 4);
 #pragma unroll
-                for (int word = 0; word < 3; ++word) words[i][word] = load(part, chunk, false, word * 128 + lane * 4);
+                for (int h = 0; h < 2; ++h) {
+                    state[i][h] = parts.state(part, warp, (lane / 4 + 8 * h) * 8);
+                    if (first + i >= PARTS) state[i][h].x = MINUS_INFINITY;
+                }
             }
             float finite[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float after = shift[h];
 #pragma unroll
-                for (int i = 0; i < BATCH; ++i) after = fmaxf(after, part_shift[i][h]);
+                for (int i = 0; i < BATCH; ++i) after = fmaxf(after, state[i][h].x);
                 finite[h] = Softmax::finite_shift(after);
                 const float factor = exp2_approx(shift[h] - finite[h]);
                 shift[h] = after;
@@ -856,8 +868,8 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, con
                 unpack_chunk(words[i], x);
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const float weight = exp2_approx(part_shift[i][h] - finite[h]);
-                    sum[h] += part_sum[i][h] * weight;
+                    const float weight = exp2_approx(state[i][h].x - finite[h]);
+                    sum[h] += state[i][h].y * weight;
                     total[2 * h] += x[2 * h] * weight, total[2 * h + 1] += x[2 * h + 1] * weight;
                 }
             }
@@ -875,6 +887,30 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, con
         }
     }
 }
+
+struct ReceivedParts {
+    u32 base;
+    const Slice& slice;
+
+    __device__ __forceinline__ u32 word(int part, int chunk, u32 at) const {
+        return load_shared(base + part * RECEIVED_PART_BYTES + (chunk - slice.first) * CHUNK_BYTES + at);
+    }
+    __device__ __forceinline__ float2 state(int part, int warp, u32 at) const {
+        return load_shared_pair(base + part * RECEIVED_PART_BYTES + SLICE_CHUNKS * CHUNK_BYTES +
+                                (warp - slice.first_warp()) * STATE_BYTES + at);
+    }
+};
+
+struct PartsInMemory {
+    const unsigned char* base;
+
+    __device__ __forceinline__ u32 word(int part, int chunk, u32 at) const {
+        return load_relaxed(base + part * PART_BYTES + chunk * CHUNK_BYTES + at);
+    }
+    __device__ __forceinline__ float2 state(int part, int warp, u32 at) const {
+        return load_relaxed_pair(base + part * PART_BYTES + TILE_CHUNKS * CHUNK_BYTES + warp * STATE_BYTES + at);
+    }
+};
 
 // In a cluster: each block's share of the consumer's rows to it.
 __device__ __forceinline__ void send_rows(const Tile& tile, const Shared& shared, u32 rank, int consumer, int thread) {
@@ -974,12 +1010,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 barrier_wait(shared.all_received, 0);
                 __syncwarp();
                 cluster_arrive();
-                const u32 received = shared.received;
-                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, [&](int part, int index, bool state, u32 at) {
-                    const u32 chunk = state ? SLICE_CHUNKS * CHUNK_BYTES + (index - slice.first_warp()) * STATE_BYTES
-                                            : (index - slice.first) * CHUNK_BYTES;
-                    return load_shared(received + part * RECEIVED_PART_BYTES + chunk + at);
-                });
+                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, ReceivedParts{shared.received, slice});
                 __syncwarp();
                 cluster_wait();  // a block's memory outlives what it sends
             } else {
@@ -999,10 +1030,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
                 if (thread == 0) wait_for_arrivals(counter, arrived);
                 sync_threads(2 + consumer, WARPGROUP);
-                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, [&](int part, int index, bool state, u32 at) {
-                    const u32 chunk = state ? TILE_CHUNKS * CHUNK_BYTES + index * STATE_BYTES : index * CHUNK_BYTES;
-                    return load_relaxed(parts + part * PART_BYTES + chunk + at);
-                });
+                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, PartsInMemory{parts});
             }
             if (!PERSISTENT) break;
             before += tile.blocks;

@@ -265,7 +265,7 @@ class _Workspaces:
     """What launches that are in flight at once must not share: counters, and where the parts of a tile meet."""
 
     STOCK = 32
-    """Sets of counters that are zero from the start: one cleared while a graph is captured is cleared at each replay."""
+    """Sets of counters that are zero from the start: clearing one in a capture would clear it at each replay."""
 
     def __init__(self, problem: Problem, config: Config, device: torch.device) -> None:
         import torch

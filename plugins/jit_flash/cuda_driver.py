@@ -155,7 +155,7 @@ class Launch:
 
 
 def capture_of(stream: int) -> int:
-    """The number of what the stream is recording, which no other capture of the process has; 0 where it records nothing.
+    """The number of the capture that the stream records, which no other one of the process has; 0 where it records none.
 
     Raises DriverError.
     """
