@@ -50,6 +50,8 @@
 //     PARTS   blocks that share the keys of a tile
 //     CLUSTERED  1: they are a cluster, of 16 at most; 0: they meet in global memory
 //     PERSISTENT 1: blocks take tiles until there are no more; PARTS and SHARED_ROWS are 1 then
+//     PAIRED  1: two blocks, a cluster, work on tiles of the same keys, and each loads half of them for both; the number
+//             of a head group's tiles is even then
 //     EAGER   1: the producer asks for all that the ring holds at once
 //     PACK    query heads of a tile; a divisor of those that share a key head
 //     MASKED  1: causal or window
@@ -87,6 +89,7 @@ constexpr u32 RECEIVED_BYTES = IN_CLUSTER ? PARTS * RECEIVED_PART_BYTES : 0;
 constexpr bool APART =
     Q_BYTES + RING_BYTES + MERGED_BYTES + RECEIVED_BYTES + BARRIER_BYTES <= 227 * 1024;  // of a block on sm_90
 static_assert(SHARED_ROWS == 1 || (ROWS == 64 && STAGES % 2 == 0), "a stage belongs to one of two consumers");
+static_assert(!PAIRED || (!MASKED && !IN_CLUSTER && !PERSISTENT), "a pair sees the same keys");
 static_assert(!PERSISTENT || (PARTS == 1 && SHARED_ROWS == 1), "the ring goes on from tile to tile");
 static_assert(STAGED_BYTES + (APART ? 0 : RECEIVED_BYTES) <= RING_BYTES + (APART ? 0 : Q_BYTES), "no room for the parts");
 
@@ -168,6 +171,16 @@ __device__ __forceinline__ void load_box(u32 target, const TensorMap& map, u32 b
         : "memory");
 }
 
+// The same to both blocks of a pair, at the same addresses, each of whose barriers counts the bytes.
+__device__ __forceinline__ void load_box_to_both(u32 target, const TensorMap& map, u32 barrier, int column, int key,
+                                                 int head, int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+        "{%2, %3, %4, %5}], [%6], %7;" ::"r"(target),
+        "l"(&map), "r"(column), "r"(key), "r"(head), "r"(batch), "r"(barrier), "h"(static_cast<unsigned short>(3))
+        : "memory");
+}
+
 __device__ __forceinline__ void load_box(u32 target, const TensorMap& map, u32 barrier, int column, int query, int group,
                                          int batch, int packed) {
     asm volatile(
@@ -181,6 +194,10 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 block) {
     u32 there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
     return there;
+}
+
+__device__ __forceinline__ void barrier_arrive_in(u32 barrier, u32 block) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(in_block(barrier, block)) : "memory");
 }
 
 // Both `target` and `barrier` are addresses in another block of the cluster.
@@ -198,6 +215,10 @@ __device__ __forceinline__ void cluster_arrive() {
 
 __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // What was stored to shared memory is seen by bulk copies.
@@ -455,9 +476,15 @@ template <int COLUMNS>
 __device__ __forceinline__ void load_keys(u32 target, const TensorMap& map, u32 full, int column, int key, int head,
                                           int batch) {
     barrier_expect(full, KEYS * COLUMNS * 2);
+    const int half = blockIdx.x % 2 * (KEYS / 2);
 #pragma unroll
     for (int box = 0; box < COLUMNS / BOX_COLUMNS; ++box) {
-        load_box(target + box * KEYS * BOX_ROW_BYTES, map, full, column + box * BOX_COLUMNS, key, head, batch);
+        const u32 to = target + box * KEYS * BOX_ROW_BYTES;
+        if (PAIRED) {
+            load_box_to_both(to + half * BOX_ROW_BYTES, map, full, column + box * BOX_COLUMNS, key + half, head, batch);
+        } else {
+            load_box(to, map, full, column + box * BOX_COLUMNS, key, head, batch);
+        }
     }
 }
 
@@ -485,7 +512,7 @@ struct Producer {
     __device__ __forceinline__ void begin(const Tile& tile) const {
         if (tile.blocks) {
             load_queries(tile, shared, q_map);
-            ask_keys(tile, 0);
+            if (!PAIRED) ask_keys(tile, 0);
         } else if (PERSISTENT) {
             barrier_arrive(shared.q_full);
         }
@@ -495,6 +522,7 @@ struct Producer {
     // last of it. A key block's V and the next one's K are asked for when its own K is there. Where all comes from
     // memory, latency counts for more (EAGER).
     __device__ __forceinline__ void go_on(const Tile& tile) {
+        if (PAIRED && tile.blocks) ask_keys(tile, 0);
         for (int index = 0; index < tile.blocks; ++index) {
             const Slot slot(before + index);
             if (!EAGER) barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
@@ -652,13 +680,17 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
         const int key = (tile.block + index) * KEYS;
         if (key < tile.whole_lo || key + KEYS > tile.whole_hi) mask(p, position, key, lane, s);
     };
+    const auto free_slot = [&](u32 barrier) {  // for the pair's other block too, which writes half of it
+        if (thread == 0) barrier_arrive(barrier);
+        if (PAIRED && thread == 32) barrier_arrive_in(barrier, ~blockIdx.x & 1);
+    };
     if (turn == 0) barrier_wait(shared.q_full, 0);
     {
         const Slot slot(before + index);
         barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
         multiply_scores(q, shared.k(slot.stage), s);
         wgmma_wait<0>();
-        if (thread == 0) barrier_arrive(shared.k_empty + 8 * slot.stage);
+        free_slot(shared.k_empty + 8 * slot.stage);
         masked(index);
         softmax.update(s, p.scale_log2, factor);
         pack_all(s, weights);
@@ -670,11 +702,11 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
         barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
         multiply_values(weights, shared.v(slot.stage), o);
         wgmma_wait<1>();
-        if (thread == 0) barrier_arrive(shared.k_empty + 8 * next.stage);
+        free_slot(shared.k_empty + 8 * next.stage);
         masked(index + SHARED_ROWS);
         softmax.update(s, p.scale_log2, factor);
         wgmma_wait<0>();
-        if (thread == 0) barrier_arrive(shared.v_empty + 8 * slot.stage);
+        free_slot(shared.v_empty + 8 * slot.stage);
 #pragma unroll
         for (int i = 0; i < DV / 2; ++i) o[i] *= factor[i / 2 % 2];
         pack_all(s, weights);
@@ -685,7 +717,7 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
     multiply_values(weights, shared.v(slot.stage), o);
     wgmma_wait<0>();
     settle(o);
-    if (PERSISTENT && thread == 0) barrier_arrive(shared.v_empty + 8 * slot.stage);
+    if (PERSISTENT) free_slot(shared.v_empty + 8 * slot.stage);
 }
 
 // Consumer 1 hands what it has over to consumer 0, whose threads have the same rows and columns.
@@ -827,63 +859,87 @@ __device__ __forceinline__ void store_part(int consumer, int thread, const float
     }
 }
 
-// Adds up a slice and writes it. `parts` gives a lane's word of a part's chunk, and a row's state.
-template <class Parts>
-__device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, const Slice& slice, int thread,
-                                          const Parts& parts) {
-    const int lane = thread % 32;
-    u32* const out = static_cast<u32*>(p.out);
-    constexpr int BATCH = PARTS < 16 ? PARTS : 16;  // loaded at once
-    for (int chunk = slice.first + thread / 32; chunk < slice.end; chunk += CONSUMER_THREADS / 32) {
-        const int warp = chunk / CHUNKS;
-        float shift[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0}, total[4] = {0, 0, 0, 0};
-        for (int first = 0; first < PARTS; first += BATCH) {
-            float2 state[BATCH][2];  // shift and sum
-            u32 words[BATCH][3];
+// What a lane adds up: its four floats of a chunk, in two rows.
+struct Sum {
+    float shift[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0}, total[4] = {0, 0, 0, 0};
+
+    template <int N>
+    __device__ __forceinline__ void add(const u32 (&words)[N][3], const float2 (&state)[N][2]) {
+        float finite[2];
 #pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const int part = min(first + i, PARTS - 1);
+        for (int h = 0; h < 2; ++h) {
+            float after = shift[h];
 #pragma unroll
-                for (int word = 0; word < 3; ++word) words[i][word] = parts.word(part, chunk, word * 128 + lane * 4);
+            for (int i = 0; i < N; ++i) after = fmaxf(after, state[i][h].x);
+            finite[h] = Softmax::finite_shift(after);
+            const float factor = exp2_approx(shift[h] - finite[h]);
+            shift[h] = after;
+            sum[h] *= factor, total[2 * h] *= factor, total[2 * h + 1] *= factor;
+        }
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    state[i][h] = parts.state(part, warp, (lane / 4 + 8 * h) * 8);
-                    if (first + i >= PARTS) state[i][h].x = MINUS_INFINITY;
-                }
-            }
-            float finite[2];
+        for (int i = 0; i < N; ++i) {
+            float x[4];
+            unpack_chunk(words[i], x);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                float after = shift[h];
-#pragma unroll
-                for (int i = 0; i < BATCH; ++i) after = fmaxf(after, state[i][h].x);
-                finite[h] = Softmax::finite_shift(after);
-                const float factor = exp2_approx(shift[h] - finite[h]);
-                shift[h] = after;
-                sum[h] *= factor, total[2 * h] *= factor, total[2 * h + 1] *= factor;
-            }
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                float x[4];
-                unpack_chunk(words[i], x);
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float weight = exp2_approx(state[i][h].x - finite[h]);
-                    sum[h] += state[i][h].y * weight;
-                    total[2 * h] += x[2 * h] * weight, total[2 * h + 1] += x[2 * h + 1] * weight;
-                }
+                const float weight = exp2_approx(state[i][h].x - finite[h]);
+                sum[h] += state[i][h].y * weight;
+                total[2 * h] += x[2 * h] * weight, total[2 * h + 1] += x[2 * h + 1] * weight;
             }
         }
+    }
+
+    __device__ __forceinline__ void write(const Params& p, const Tile& tile, int chunk, int lane) const {
+        u32* const out = static_cast<u32*>(p.out);
         const int column = tile.column + chunk % CHUNKS * 8 + lane % 4 * 2;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const Row place = out_row(p, tile, 16 * warp + lane / 4 + 8 * h);
+            const Row place = out_row(p, tile, chunk / CHUNKS * 16 + lane / 4 + 8 * h);
             if (!place.valid) continue;
             const float inverse = Softmax::inverse(sum[h]);
             if (column < p.head_dim_v) {
                 out[(place.index * p.head_dim_v + column) / 2] = pack(total[2 * h] * inverse, total[2 * h + 1] * inverse);
             }
             if (p.lse && column == 0) p.lse[place.index] = Softmax::log_sum(shift[h], sum[h]);
+        }
+    }
+};
+
+// Adds up a slice and writes it. `parts` gives a lane's word of a part's chunk, and a row's state.
+template <class Parts>
+__device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, const Slice& slice, int thread,
+                                          const Parts& parts) {
+    // As much is asked for at once as there are registers for: what comes from memory takes its time.
+    constexpr int WARPS = CONSUMER_THREADS / 32, TOGETHER = SLICE_CHUNKS > WARPS && PARTS <= 8 ? 2 : 1;
+    constexpr int BATCH = PARTS < 16 ? PARTS : 16;
+    const int lane = thread % 32;
+    for (int chunk = slice.first + thread / 32 * TOGETHER; chunk < slice.end; chunk += WARPS * TOGETHER) {
+        Sum sums[TOGETHER];
+#pragma unroll
+        for (int first = 0; first < PARTS; first += BATCH) {
+            float2 state[TOGETHER][BATCH][2];
+            u32 words[TOGETHER][BATCH][3];
+#pragma unroll
+            for (int j = 0; j < TOGETHER; ++j) {
+                const int at = min(chunk + j, slice.end - 1);
+#pragma unroll
+                for (int i = 0; i < BATCH; ++i) {
+                    const int part = min(first + i, PARTS - 1);
+#pragma unroll
+                    for (int word = 0; word < 3; ++word) words[j][i][word] = parts.word(part, at, word * 128 + lane * 4);
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        state[j][i][h] = parts.state(part, at / CHUNKS, (lane / 4 + 8 * h) * 8);
+                        if (first + i >= PARTS) state[j][i][h].x = MINUS_INFINITY;
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < TOGETHER; ++j) sums[j].add(words[j], state[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < TOGETHER; ++j) {
+            if (chunk + j < slice.end) sums[j].write(p, tile, chunk + j, lane);
         }
     }
 }
@@ -946,7 +1002,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(1024) unsigned char memory[];
     if (threadIdx.x == WARPGROUP) prefetch(k_map), prefetch(v_map);
     const Shared shared(shared_address(memory));
-    const u32 rank = blockIdx.x % PARTS, first_number = blockIdx.x / PARTS;
+    u32 rank = blockIdx.x % PARTS, first_number = blockIdx.x / PARTS;
+    if (PAIRED) {
+        // Tiles of the same columns whose queries follow each other.
+        const u32 pair = blockIdx.x / 2 / PARTS;
+        rank = blockIdx.x / 2 % PARTS, first_number = (pair / SPLIT_V * 2 + blockIdx.x % 2) * SPLIT_V + pair % SPLIT_V;
+    }
     Tile tile = tile_of(p, first_number, rank);
     const Slice slice(tile, rank);
     const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
@@ -960,14 +1021,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(shared.k_full + 8 * stage, 1);
             barrier_init(shared.v_full + 8 * stage, 1);
-            barrier_init(shared.k_empty + 8 * stage, CONSUMERS / SHARED_ROWS);
-            barrier_init(shared.v_empty + 8 * stage, CONSUMERS / SHARED_ROWS);
+            barrier_init(shared.k_empty + 8 * stage, CONSUMERS / SHARED_ROWS * (1 + PAIRED));
+            barrier_init(shared.v_empty + 8 * stage, CONSUMERS / SHARED_ROWS * (1 + PAIRED));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         producer.begin(tile);
         if (IN_CLUSTER) barrier_expect(shared.all_received, PARTS * slice.bytes());
     }
-    __syncthreads();
+    if (PAIRED) {
+        cluster_sync();  // nobody loads into a block whose barriers are not there
+    } else {
+        __syncthreads();
+    }
     if (IN_CLUSTER && APART) cluster_arrive();  // nobody sends before all barriers are there
 
     if (warpgroup == 0) {
@@ -1039,5 +1104,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (number >= p.tiles_in_all) break;
             tile = tile_of(p, number, 0);
         }
+    }
+    if (PAIRED) {
+        __syncwarp();
+        cluster_sync();  // a block's memory outlives what the other one does there
     }
 }

@@ -217,7 +217,7 @@ def _launch(
     q_strides = (batch_stride, head_stride * heads, row_stride, head_stride, 1)
     maps = [tensor_map(q.data_ptr(), q_shape, q_strides, (1, 1, queries, heads, 64), bf16=bf16)]
     for tensor in (k, v):
-        box = (1, 1, config.keys, 64)
+        box = (1, 1, config.keys // (1 + config.paired), 64)
         maps.append(tensor_map(tensor.data_ptr(), tensor.shape, _strides(tensor), box, bf16=bf16))
     far = problem.seqlen_q + problem.seqlen_k
     window = far if problem.window is None else min(problem.window, far)
@@ -305,6 +305,7 @@ def macros(problem: Problem, config: Config) -> dict[str, int]:
         "CLUSTERED": int(config.clustered),
         "PERSISTENT": int(config.persistent),
         "EAGER": int(config.eager),
+        "PAIRED": int(config.paired),
         "PACK": packed_heads(problem, config.rows),
     }
 

@@ -120,14 +120,15 @@ class Launch:
         wait for each other, since either all of them run or none.
         """
         self._handle, self._arguments = kernel.handle, arguments
-        self._attribute = _Attribute(id=_COOPERATIVE if cooperative else _CLUSTER_DIMENSION)
-        self._attribute.value[:3] = (1, 0, 0) if cooperative else (cluster, 1, 1)
+        self._attributes = (_Attribute * 2)(
+            _Attribute(id=_CLUSTER_DIMENSION, value=(cluster, 1, 1)), _Attribute(id=_COOPERATIVE, value=(1,))
+        )
         self.config = _LaunchConfig(
             grid=(blocks, 1, 1),
             block=(threads, 1, 1),
             shared_bytes=shared_bytes,
-            attributes=ctypes.pointer(self._attribute),
-            attribute_count=1,
+            attributes=self._attributes,
+            attribute_count=1 + cooperative,
         )
         self._launch = _driver().cuLaunchKernelEx
         self._ready: dict[tuple[int, int] | int, tuple[Any, ...]] = {}
@@ -145,7 +146,7 @@ class Launch:
             config.stream = stream
             arguments = self._arguments()
             pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-            kept = (self._attribute, arguments)
+            kept = (self._attributes, arguments)
             ready = (ctypes.byref(config), self._handle, pointers, None), kept
             self._ready[key] = ready
         if status := self._launch(*ready[0]):
@@ -155,7 +156,7 @@ class Launch:
 
 
 def capture_of(stream: int) -> int:
-    """The number of the capture that the stream records, which no other one of the process has; 0 where it records none.
+    """The number of the capture that the stream records, which no other of the process has; 0 where it records none.
 
     Raises DriverError.
     """
