@@ -50,8 +50,6 @@
 //     PARTS   blocks that share the keys of a tile
 //     CLUSTERED  1: they are a cluster, of 16 at most; 0: they meet in global memory
 //     PERSISTENT 1: blocks take tiles until there are no more; PARTS and SHARED_ROWS are 1 then
-//     PAIRED  1: two blocks, a cluster, work on tiles of the same keys, and each loads half of them for both; the number
-//             of a head group's tiles is even then
 //     EAGER   1: the producer asks for all that the ring holds at once
 //     PACK    query heads of a tile; a divisor of those that share a key head
 //     MASKED  1: causal or window
@@ -88,8 +86,9 @@ constexpr u32 STAGED_BYTES = IN_CLUSTER ? PART_BYTES : 0;
 constexpr u32 RECEIVED_BYTES = IN_CLUSTER ? PARTS * RECEIVED_PART_BYTES : 0;
 constexpr bool APART =
     Q_BYTES + RING_BYTES + MERGED_BYTES + RECEIVED_BYTES + BARRIER_BYTES <= 227 * 1024;  // of a block on sm_90
+constexpr int MAX_PARTS = 32;  // that meet in memory: a warp asks for them at once
+static_assert(CLUSTERED ? PARTS <= 16 : PARTS <= MAX_PARTS, "parts of a tile");
 static_assert(SHARED_ROWS == 1 || (ROWS == 64 && STAGES % 2 == 0), "a stage belongs to one of two consumers");
-static_assert(!PAIRED || (!MASKED && !IN_CLUSTER && !PERSISTENT), "a pair sees the same keys");
 static_assert(!PERSISTENT || (PARTS == 1 && SHARED_ROWS == 1), "the ring goes on from tile to tile");
 static_assert(STAGED_BYTES + (APART ? 0 : RECEIVED_BYTES) <= RING_BYTES + (APART ? 0 : Q_BYTES), "no room for the parts");
 
@@ -116,8 +115,9 @@ struct Params {
     Divisor last_wave;   // as many as the last wave has
     u32 all_groups;      // of all batch elements
     u32 tiles_in_all;    // of all head groups, and of all columns of V
-    u64* counters;       // where PERSISTENT, tiles taken; where IN_MEMORY, arrivals, COUNTER_STEP apart for each tile
-    unsigned char* parts;  // where IN_MEMORY: (tile, part) of PART_BYTES
+    u64* taken;          // where PERSISTENT: tiles, over all launches
+    u32* arrived;        // where tiles meet in memory: (tile, MAX_PARTS) of what each part has told, over all launches
+    unsigned char* parts;  // where they meet: (tile, part) of PART_BYTES
     int seqlen_q, seqlen_k, head_dim_v;
     int ahead, behind;   // a query at key position p sees the keys from p - behind to below p + ahead
     float scale_log2;    // softmax_scale · log2(e)
@@ -171,16 +171,6 @@ __device__ __forceinline__ void load_box(u32 target, const TensorMap& map, u32 b
         : "memory");
 }
 
-// The same to both blocks of a pair, at the same addresses, each of whose barriers counts the bytes.
-__device__ __forceinline__ void load_box_to_both(u32 target, const TensorMap& map, u32 barrier, int column, int key,
-                                                 int head, int batch) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-        "{%2, %3, %4, %5}], [%6], %7;" ::"r"(target),
-        "l"(&map), "r"(column), "r"(key), "r"(head), "r"(batch), "r"(barrier), "h"(static_cast<unsigned short>(3))
-        : "memory");
-}
-
 __device__ __forceinline__ void load_box(u32 target, const TensorMap& map, u32 barrier, int column, int query, int group,
                                          int batch, int packed) {
     asm volatile(
@@ -194,10 +184,6 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 block) {
     u32 there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
     return there;
-}
-
-__device__ __forceinline__ void barrier_arrive_in(u32 barrier, u32 block) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(in_block(barrier, block)) : "memory");
 }
 
 // Both `target` and `barrier` are addresses in another block of the cluster.
@@ -215,10 +201,6 @@ __device__ __forceinline__ void cluster_arrive() {
 
 __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // What was stored to shared memory is seen by bulk copies.
@@ -254,14 +236,14 @@ __device__ __forceinline__ u32 load_relaxed(const void* address) {
     return value;
 }
 
-__device__ __forceinline__ u64 load_acquire(const u64* counter) {
-    u64 value;
-    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter) : "memory");
+__device__ __forceinline__ u32 load_acquire(const u32* counter) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
     return value;
 }
 
-__device__ __forceinline__ void add_release(u64* counter) {
-    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
+__device__ __forceinline__ void add_release(u32* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 __device__ __forceinline__ u64 add_relaxed(u64* counter) {
@@ -476,15 +458,9 @@ template <int COLUMNS>
 __device__ __forceinline__ void load_keys(u32 target, const TensorMap& map, u32 full, int column, int key, int head,
                                           int batch) {
     barrier_expect(full, KEYS * COLUMNS * 2);
-    const int half = blockIdx.x % 2 * (KEYS / 2);
 #pragma unroll
     for (int box = 0; box < COLUMNS / BOX_COLUMNS; ++box) {
-        const u32 to = target + box * KEYS * BOX_ROW_BYTES;
-        if (PAIRED) {
-            load_box_to_both(to + half * BOX_ROW_BYTES, map, full, column + box * BOX_COLUMNS, key + half, head, batch);
-        } else {
-            load_box(to, map, full, column + box * BOX_COLUMNS, key, head, batch);
-        }
+        load_box(target + box * KEYS * BOX_ROW_BYTES, map, full, column + box * BOX_COLUMNS, key, head, batch);
     }
 }
 
@@ -512,7 +488,7 @@ struct Producer {
     __device__ __forceinline__ void begin(const Tile& tile) const {
         if (tile.blocks) {
             load_queries(tile, shared, q_map);
-            if (!PAIRED) ask_keys(tile, 0);
+            ask_keys(tile, 0);
         } else if (PERSISTENT) {
             barrier_arrive(shared.q_full);
         }
@@ -522,7 +498,6 @@ struct Producer {
     // last of it. A key block's V and the next one's K are asked for when its own K is there. Where all comes from
     // memory, latency counts for more (EAGER).
     __device__ __forceinline__ void go_on(const Tile& tile) {
-        if (PAIRED && tile.blocks) ask_keys(tile, 0);
         for (int index = 0; index < tile.blocks; ++index) {
             const Slot slot(before + index);
             if (!EAGER) barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
@@ -536,7 +511,7 @@ struct Producer {
     __device__ __forceinline__ void take_more() {
         for (u32 turn = 0;; ++turn) {
             // Every launch adds tiles_in_all: one for each tile that was taken and one for each block that found none.
-            const u32 number = gridDim.x + u32(add_relaxed(p.counters) % p.tiles_in_all);
+            const u32 number = gridDim.x + u32(add_relaxed(p.taken) % p.tiles_in_all);
             barrier_wait(shared.q_empty, turn & 1);
             store_shared(shared.number, number);
             if (number >= p.tiles_in_all) {
@@ -680,9 +655,8 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
         const int key = (tile.block + index) * KEYS;
         if (key < tile.whole_lo || key + KEYS > tile.whole_hi) mask(p, position, key, lane, s);
     };
-    const auto free_slot = [&](u32 barrier) {  // for the pair's other block too, which writes half of it
+    const auto free_slot = [&](u32 barrier) {
         if (thread == 0) barrier_arrive(barrier);
-        if (PAIRED && thread == 32) barrier_arrive_in(barrier, ~blockIdx.x & 1);
     };
     if (turn == 0) barrier_wait(shared.q_full, 0);
     {
@@ -905,13 +879,14 @@ struct Sum {
     }
 };
 
-// Adds up a slice and writes it. `parts` gives a lane's word of a part's chunk, and a row's state.
+// Adds up a slice and writes it. `parts` tells which there are, a bit for each, and gives a lane's word of a part's chunk
+// and a row's state.
 template <class Parts>
 __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, const Slice& slice, int thread,
                                           const Parts& parts) {
     // As much is asked for at once as there are registers for: what comes from memory takes its time.
     constexpr int WARPS = CONSUMER_THREADS / 32, TOGETHER = SLICE_CHUNKS > WARPS && PARTS <= 8 ? 2 : 1;
-    constexpr int BATCH = PARTS < 16 ? PARTS : 16;
+    constexpr int ROUNDS = (PARTS + 15) / 16, BATCH = (PARTS + ROUNDS - 1) / ROUNDS;
     const int lane = thread % 32;
     for (int chunk = slice.first + thread / 32 * TOGETHER; chunk < slice.end; chunk += WARPS * TOGETHER) {
         Sum sums[TOGETHER];
@@ -919,19 +894,33 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, con
         for (int first = 0; first < PARTS; first += BATCH) {
             float2 state[TOGETHER][BATCH][2];
             u32 words[TOGETHER][BATCH][3];
-#pragma unroll
-            for (int j = 0; j < TOGETHER; ++j) {
-                const int at = min(chunk + j, slice.end - 1);
+            const u32 all = (1ull << min(BATCH, PARTS - first)) - 1;
+            // What is there is asked for while the rest is waited for.
+            for (u32 asked = 0, there; asked != all; asked |= there) {
+                there = parts.there(lane) >> first & all & ~asked;
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
-                    const int part = min(first + i, PARTS - 1);
+                    if (!(there >> i & 1)) continue;
 #pragma unroll
-                    for (int word = 0; word < 3; ++word) words[j][i][word] = parts.word(part, at, word * 128 + lane * 4);
+                    for (int j = 0; j < TOGETHER; ++j) {
+                        const int at = min(chunk + j, slice.end - 1);
 #pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        state[j][i][h] = parts.state(part, at / CHUNKS, (lane / 4 + 8 * h) * 8);
-                        if (first + i >= PARTS) state[j][i][h].x = MINUS_INFINITY;
+                        for (int word = 0; word < 3; ++word) {
+                            words[j][i][word] = parts.word(first + i, at, word * 128 + lane * 4);
+                        }
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+                            state[j][i][h] = parts.state(first + i, at / CHUNKS, (lane / 4 + 8 * h) * 8);
+                        }
                     }
+                }
+            }
+#pragma unroll
+            for (int i = PARTS - first; i < BATCH; ++i) {  // of the last batch: nothing, if there is room
+#pragma unroll
+                for (int j = 0; j < TOGETHER; ++j) {
+                    words[j][i][0] = words[j][i][1] = words[j][i][2] = 0;
+                    state[j][i][0] = state[j][i][1] = make_float2(MINUS_INFINITY, 0);
                 }
             }
 #pragma unroll
@@ -948,6 +937,8 @@ struct ReceivedParts {
     u32 base;
     const Slice& slice;
 
+    __device__ __forceinline__ u32 there(int) const { return ~0u; }
+
     __device__ __forceinline__ u32 word(int part, int chunk, u32 at) const {
         return load_shared(base + part * RECEIVED_PART_BYTES + (chunk - slice.first) * CHUNK_BYTES + at);
     }
@@ -959,7 +950,15 @@ struct ReceivedParts {
 
 struct PartsInMemory {
     const unsigned char* base;
+    const u32* arrived;
+    u32 goal;
 
+    __device__ __forceinline__ u32 there(int lane) const {
+        const bool is = static_cast<int>(load_acquire(arrived + min(lane, PARTS - 1)) - goal) >= 0;
+        const u32 parts = __ballot_sync(0xFFFFFFFFu, is);
+        __syncwarp();  // what one lane has acquired, all may read
+        return parts;
+    }
     __device__ __forceinline__ u32 word(int part, int chunk, u32 at) const {
         return load_relaxed(base + part * PART_BYTES + chunk * CHUNK_BYTES + at);
     }
@@ -985,15 +984,6 @@ __device__ __forceinline__ void send_rows(const Tile& tile, const Shared& shared
          shared.staged + TILE_CHUNKS * CHUNK_BYTES + warp * STATE_BYTES, warps * STATE_BYTES, received);
 }
 
-constexpr u64 ARRIVALS = PARTS * (ROWS / 64);  // that each launch adds to a tile's counter
-constexpr u32 COUNTER_STEP = 16;               // a line of L2 for each
-
-__device__ __forceinline__ void wait_for_arrivals(const u64* counter, u64 before) {
-    const u64 all = (before / ARRIVALS + 1) * ARRIVALS;
-    while (load_acquire(counter) < all) {
-    }
-}
-
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -1002,12 +992,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(1024) unsigned char memory[];
     if (threadIdx.x == WARPGROUP) prefetch(k_map), prefetch(v_map);
     const Shared shared(shared_address(memory));
-    u32 rank = blockIdx.x % PARTS, first_number = blockIdx.x / PARTS;
-    if (PAIRED) {
-        // Tiles of the same columns whose queries follow each other.
-        const u32 pair = blockIdx.x / 2 / PARTS;
-        rank = blockIdx.x / 2 % PARTS, first_number = (pair / SPLIT_V * 2 + blockIdx.x % 2) * SPLIT_V + pair % SPLIT_V;
-    }
+    const u32 rank = blockIdx.x % PARTS, first_number = blockIdx.x / PARTS;
     Tile tile = tile_of(p, first_number, rank);
     const Slice slice(tile, rank);
     const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
@@ -1021,18 +1006,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(shared.k_full + 8 * stage, 1);
             barrier_init(shared.v_full + 8 * stage, 1);
-            barrier_init(shared.k_empty + 8 * stage, CONSUMERS / SHARED_ROWS * (1 + PAIRED));
-            barrier_init(shared.v_empty + 8 * stage, CONSUMERS / SHARED_ROWS * (1 + PAIRED));
+            barrier_init(shared.k_empty + 8 * stage, CONSUMERS / SHARED_ROWS);
+            barrier_init(shared.v_empty + 8 * stage, CONSUMERS / SHARED_ROWS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         producer.begin(tile);
         if (IN_CLUSTER) barrier_expect(shared.all_received, PARTS * slice.bytes());
     }
-    if (PAIRED) {
-        cluster_sync();  // nobody loads into a block whose barriers are not there
-    } else {
-        __syncthreads();
-    }
+    __syncthreads();
     if (IN_CLUSTER && APART) cluster_arrive();  // nobody sends before all barriers are there
 
     if (warpgroup == 0) {
@@ -1080,9 +1061,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 cluster_wait();  // a block's memory outlives what it sends
             } else {
                 unsigned char* const parts = p.parts + u64(first_number) * PARTS * PART_BYTES;
-                u64* const counter = p.counters + u64(first_number) * COUNTER_STEP;
-                u64 arrived = 0;  // before this block did
-                if (thread == 0) arrived = load_acquire(counter);
+                u32* const arrived = p.arrived + u64(first_number) * MAX_PARTS;
+                // Each launch adds as much to each part's, and none of this one's warps has before all have read it.
+                const u32 goal = load_acquire(arrived + rank) / (ROWS / 64) * (ROWS / 64) + ROWS / 64;
                 if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
                 if (has_rows) {
                     if ((4 * consumer + thread / 32) * CHUNKS < tile.chunks) {
@@ -1091,11 +1072,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                    [&](u32 at, u32 word) { *reinterpret_cast<u32*>(mine + at) = word; });
                     }
                     sync_threads(2 + consumer, WARPGROUP);
-                    if (thread == 0) add_release(counter);
+                    if (thread == 0) add_release(arrived + rank);
                 }
-                if (thread == 0) wait_for_arrivals(counter, arrived);
-                sync_threads(2 + consumer, WARPGROUP);
-                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, PartsInMemory{parts});
+                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, PartsInMemory{parts, arrived, goal});
             }
             if (!PERSISTENT) break;
             before += tile.blocks;
@@ -1104,9 +1083,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (number >= p.tiles_in_all) break;
             tile = tile_of(p, number, 0);
         }
-    }
-    if (PAIRED) {
-        __syncwarp();
-        cluster_sync();  // a block's memory outlives what the other one does there
     }
 }

@@ -36,8 +36,8 @@ ARCH, CAPABILITY = "sm_90a", (9, 0)
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 1 << 29
 """Positions and their differences fit into 32 bits."""
-COUNTER_STEP = 16
-"""Of the kernel's counters of arrivals."""
+MAX_PARTS = 32
+"""Of a tile, that meet in memory."""
 MAX_BLOCKS = (1 << 31) - 1
 """Of a grid, and the kernel's divisions hold below that."""
 MIN_SCALE, MAX_SCALE = 1e-38, 1e6
@@ -69,8 +69,7 @@ class Params(ctypes.Structure):
         *((name, Divisor) for name in ("tiles", "groups", "key_groups", "wave", "last_wave")),
         ("all_groups", ctypes.c_uint32),
         ("tiles_in_all", ctypes.c_uint32),
-        ("counters", ctypes.c_void_p),
-        ("parts", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("taken", "arrived", "parts")),
         *((name, ctypes.c_int32) for name in ("seqlen_q", "seqlen_k", "head_dim_v", "ahead", "behind")),
         ("scale_log2", ctypes.c_float),
     )
@@ -217,7 +216,7 @@ def _launch(
     q_strides = (batch_stride, head_stride * heads, row_stride, head_stride, 1)
     maps = [tensor_map(q.data_ptr(), q_shape, q_strides, (1, 1, queries, heads, 64), bf16=bf16)]
     for tensor in (k, v):
-        box = (1, 1, config.keys // (1 + config.paired), 64)
+        box = (1, 1, config.keys, 64)
         maps.append(tensor_map(tensor.data_ptr(), tensor.shape, _strides(tensor), box, bf16=bf16))
     far = problem.seqlen_q + problem.seqlen_k
     window = far if problem.window is None else min(problem.window, far)
@@ -247,7 +246,7 @@ def _launch(
 
     def arguments() -> Sequence[object]:
         own = Params.from_buffer_copy(params)
-        own.counters, own.parts = workspaces.another()
+        own.taken, own.arrived, own.parts = workspaces.another()
         return (*maps, own)
 
     return Launch(
@@ -271,22 +270,25 @@ class _Workspaces:
         import torch
 
         tiles = units(problem, config)
-        counters = tiles * COUNTER_STEP if config.meets_in_memory else int(config.persistent)
-        parts = tiles * config.parts * config.part_bytes(problem.head_dim_v) if config.meets_in_memory else 0
-        self._stock = list(torch.zeros((self.STOCK, counters), dtype=torch.int64, device=device)) if counters else []
+        self._meeting = config.meets_in_memory
+        counters = tiles * MAX_PARTS if self._meeting else 2 * config.persistent  # 32 bits each, the latter of 64
+        parts = tiles * config.parts * config.part_bytes(problem.head_dim_v) if self._meeting else 0
+        self._stock = list(torch.zeros((self.STOCK, counters), dtype=torch.int32, device=device)) if counters else []
         self._parts = torch.empty(parts, dtype=torch.uint8, device=device)
         self._taken: list[tuple[Tensor, Tensor]] = []
 
-    def another(self) -> tuple[int | None, int | None]:
-        """Addresses of counters and parts that nobody else has; None for what the kernel does not use."""
+    def another(self) -> tuple[int | None, int | None, int | None]:
+        """Addresses of taken, arrived and parts that nobody else has; None for what the kernel does not use."""
         import torch
 
         if not (self._stock or self._taken):
-            return None, None
+            return None, None, None
         counters = self._stock.pop() if self._stock else torch.zeros_like(self._taken[0][0])
         parts = torch.empty_like(self._parts) if self._taken else self._parts
         self._taken.append((counters, parts))
-        return counters.data_ptr(), parts.data_ptr()
+        if self._meeting:
+            return None, counters.data_ptr(), parts.data_ptr()
+        return counters.data_ptr(), None, None
 
 
 def macros(problem: Problem, config: Config) -> dict[str, int]:
@@ -305,7 +307,6 @@ def macros(problem: Problem, config: Config) -> dict[str, int]:
         "CLUSTERED": int(config.clustered),
         "PERSISTENT": int(config.persistent),
         "EAGER": int(config.eager),
-        "PAIRED": int(config.paired),
         "PACK": packed_heads(problem, config.rows),
     }
 

@@ -33,7 +33,6 @@ class Config:
     clustered: bool = True
     persistent: bool = False
     eager: bool = False
-    paired: bool = False
 
     @property
     def threads(self) -> int:
@@ -43,7 +42,7 @@ class Config:
     @property
     def cluster(self) -> int:
         """Blocks of a cluster."""
-        return self.parts if self.clustered and self.parts > 1 else 1 + self.paired
+        return self.parts if self.clustered else 1
 
     @property
     def meets_in_memory(self) -> bool:
@@ -65,7 +64,7 @@ class Config:
         barriers = 8 * (4 + 4 * self.stages)
         merged = 128 * (dv // 2 + 4) * 4 if self.shared_rows > 1 else 0
         needed = q + ring + merged + barriers
-        if not self.clustered or self.parts == 1:
+        if self.cluster == 1:
             return needed if needed <= SHARED_BYTES else None
         chunks = dv // 8
         slice_chunks = -(-(self.rows // 16 * chunks) // self.parts)
