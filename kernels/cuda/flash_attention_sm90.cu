@@ -32,10 +32,10 @@
 //     Q        D/64 boxes of ROWS × 128 bytes
 //     ring     STAGES × (K: D/64 boxes of KEYS × 128 bytes, V: DV/64 of them)
 //     merged   where SHARED_ROWS is 2, O, m and l of consumer 1, thread by thread
-//     received where CLUSTERED, PARTS × (chunks, then m and l of their rows). Where there is no room for it apart (see
-//              APART), it lies over Q and the ring, which then must have been read by the whole cluster before anybody
-//              sends
-//     staged   where CLUSTERED, this block's part, over the ring or, where that is not apart, behind received
+//     received where CLUSTERED, the block's slice of each part: chunks, then m and l of their rows. Where there is no room
+//              for it apart (see APART), it lies over Q and the ring, which then must have been read by the whole cluster
+//              before anybody sends
+//     staged   where CLUSTERED, this block's part, slice by slice, over the ring or, where received is not apart, behind it
 //     barriers q_full, q_empty, all_received, k_full, k_empty, v_full, v_empty [STAGES]; the next tile's number
 //
 // The source compiles for one configuration, given as macros:
@@ -78,19 +78,30 @@ constexpr int CHUNKS = DV / 8;  // of a warp's 16 rows
 constexpr int TILE_CHUNKS = ROWS / 16 * CHUNKS;
 constexpr u32 CHUNK_BYTES = 384, STATE_BYTES = 128;  // of 16 rows, m and l of each
 constexpr u32 PART_BYTES = TILE_CHUNKS * CHUNK_BYTES + ROWS / 16 * STATE_BYTES;
-constexpr int SLICE_CHUNKS = (TILE_CHUNKS + PARTS - 1) / PARTS;  // that one block adds up, at most
-constexpr int SLICE_WARPS = (SLICE_CHUNKS + CHUNKS - 2) / CHUNKS + 1;  // whose rows they are of, at most
-constexpr u32 RECEIVED_PART_BYTES = SLICE_CHUNKS * CHUNK_BYTES + SLICE_WARPS * STATE_BYTES;
+
+// A block of a cluster adds up a slice: chunks slice_first(block) to below slice_first(block + 1).
+__host__ __device__ constexpr int slice_first(int block) { return TILE_CHUNKS * block / PARTS; }
+__host__ __device__ constexpr int slice_of(int chunk) { return ((chunk + 1) * PARTS - 1) / TILE_CHUNKS; }
+__host__ __device__ constexpr int slice_warp(int block) { return slice_first(block) / CHUNKS; }  // the first whose rows are in it
+constexpr int most_warps_of_a_slice() {
+    int most = 0;
+    for (int block = 0; block < PARTS; ++block) {
+        const int warps = (slice_first(block + 1) + CHUNKS - 1) / CHUNKS - slice_warp(block);
+        most = warps > most ? warps : most;
+    }
+    return most;
+}
+constexpr int SLICE_CHUNKS = (TILE_CHUNKS + PARTS - 1) / PARTS;
+constexpr u32 SLICE_BYTES = SLICE_CHUNKS * CHUNK_BYTES + most_warps_of_a_slice() * STATE_BYTES;
 constexpr bool IN_CLUSTER = CLUSTERED && PARTS > 1;
-constexpr u32 STAGED_BYTES = IN_CLUSTER ? PART_BYTES : 0;
-constexpr u32 RECEIVED_BYTES = IN_CLUSTER ? PARTS * RECEIVED_PART_BYTES : 0;
+constexpr u32 SLICES_BYTES = IN_CLUSTER ? PARTS * SLICE_BYTES : 0;
 constexpr bool APART =
-    Q_BYTES + RING_BYTES + MERGED_BYTES + RECEIVED_BYTES + BARRIER_BYTES <= 227 * 1024;  // of a block on sm_90
+    Q_BYTES + RING_BYTES + MERGED_BYTES + SLICES_BYTES + BARRIER_BYTES <= 227 * 1024;  // of a block on sm_90
 constexpr int MAX_PARTS = 32;  // that meet in memory: a warp asks for them at once
 static_assert(CLUSTERED ? PARTS <= 16 : PARTS <= MAX_PARTS, "parts of a tile");
 static_assert(SHARED_ROWS == 1 || (ROWS == 64 && STAGES % 2 == 0), "a stage belongs to one of two consumers");
 static_assert(!PERSISTENT || (PARTS == 1 && SHARED_ROWS == 1), "the ring goes on from tile to tile");
-static_assert(STAGED_BYTES + (APART ? 0 : RECEIVED_BYTES) <= RING_BYTES + (APART ? 0 : Q_BYTES), "no room for the parts");
+static_assert(SLICES_BYTES + (APART ? 0 : SLICES_BYTES) <= RING_BYTES + (APART ? 0 : Q_BYTES), "no room for the parts");
 
 extern "C" {
 
@@ -135,6 +146,8 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
+
+__device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -210,6 +223,10 @@ __device__ __forceinline__ void fence_async() {
 
 __device__ __forceinline__ void store_shared(u32 address, u32 value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_pair(u32 address, float2 pair) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(pair.x), "f"(pair.y) : "memory");
 }
 
 __device__ __forceinline__ u32 load_shared(u32 address) {
@@ -422,8 +439,8 @@ struct Shared {
           ring(q + Q_BYTES),
           merged(ring + RING_BYTES),
           received(APART ? merged + MERGED_BYTES : base),
-          staged(APART ? ring : base + RECEIVED_BYTES),
-          q_full(merged + MERGED_BYTES + (APART ? RECEIVED_BYTES : 0)),
+          staged(APART ? ring : base + SLICES_BYTES),
+          q_full(merged + MERGED_BYTES + (APART ? SLICES_BYTES : 0)),
           q_empty(q_full + 8),
           all_received(q_empty + 8),
           k_full(all_received + 8),
@@ -799,37 +816,55 @@ __device__ __forceinline__ void unpack_chunk(const u32 (&words)[3], float (&x)[4
     x[3] = __uint_as_float(__byte_perm(__byte_perm(words[0], words[1], 0x0400), words[2], 0x4210) & 0xFFFFFF00u);
 }
 
-// Which chunks of a tile a block adds up.
+// Of a tile, for a block to add up.
 struct Slice {
-    int first, end;
-
-    __device__ __forceinline__ Slice(const Tile& tile, u32 block)
-        : first(tile.chunks * block / PARTS), end(tile.chunks * (block + 1) / PARTS) {}
-
-    __device__ __forceinline__ int first_warp() const { return first / CHUNKS; }
-    __device__ __forceinline__ int warps() const { return end > first ? (end - 1) / CHUNKS - first_warp() + 1 : 0; }
-    __device__ __forceinline__ u32 bytes() const { return (end - first) * CHUNK_BYTES + warps() * STATE_BYTES; }
+    int first, end;  // chunks
 };
 
-// This thread's share of a part, by a function that stores a word at an offset in bytes.
-template <class Store>
+// Where a part meets the others: in memory, or first in the block's own shared memory, slice by slice.
+struct PartInMemory {
+    unsigned char* base;
+
+    __device__ __forceinline__ void store(int chunk, u32 at, u32 word) const {
+        *reinterpret_cast<u32*>(base + chunk * CHUNK_BYTES + at) = word;
+    }
+    __device__ __forceinline__ void store_state(int warp, int lane, int row, float2 state) const {
+        if (lane % 4 == 0) *reinterpret_cast<float2*>(base + TILE_CHUNKS * CHUNK_BYTES + warp * STATE_BYTES + row * 8) = state;
+    }
+};
+
+struct StagedPart {
+    u32 base;
+
+    __device__ __forceinline__ void store(int chunk, u32 at, u32 word) const {
+        const int slice = slice_of(chunk);
+        store_shared(base + slice * SLICE_BYTES + (chunk - slice_first(slice)) * CHUNK_BYTES + at, word);
+    }
+    // To all slices that have rows of the warp; four lanes know each state.
+    __device__ __forceinline__ void store_state(int warp, int lane, int row, float2 state) const {
+        const int last = slice_of((warp + 1) * CHUNKS - 1);
+        for (int slice = slice_of(warp * CHUNKS) + lane % 4; slice <= last; slice += 4) {
+            const u32 states = base + slice * SLICE_BYTES + SLICE_CHUNKS * CHUNK_BYTES;
+            store_shared_pair(states + (warp - slice_warp(slice)) * STATE_BYTES + row * 8, state);
+        }
+    }
+};
+
+// This thread's share of a part.
+template <class Part>
 __device__ __forceinline__ void store_part(int consumer, int thread, const float (&o)[DV / 2], const Softmax& softmax,
-                                           Store store) {
+                                           const Part& part) {
     const int lane = thread % 32, warp = 4 * consumer + thread / 32;
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
         u32 words[3];
         pack_chunk(o + 4 * c, words);
 #pragma unroll
-        for (int i = 0; i < 3; ++i) store((warp * CHUNKS + c) * CHUNK_BYTES + i * 128 + lane * 4, words[i]);
+        for (int i = 0; i < 3; ++i) part.store(warp * CHUNKS + c, i * 128 + lane * 4, words[i]);
     }
-    if (lane % 4 == 0) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const u32 at = TILE_CHUNKS * CHUNK_BYTES + warp * STATE_BYTES + (lane / 4 + 8 * h) * 8;
-            store(at, __float_as_uint(softmax.shift[h]));
-            store(at + 4, __float_as_uint(softmax.sum[h]));
-        }
+    for (int h = 0; h < 2; ++h) {
+        part.store_state(warp, lane, lane / 4 + 8 * h, make_float2(softmax.shift[h], softmax.sum[h]));
     }
 }
 
@@ -897,7 +932,8 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, con
             const u32 all = (1ull << min(BATCH, PARTS - first)) - 1;
             // What is there is asked for while the rest is waited for.
             for (u32 asked = 0, there; asked != all; asked |= there) {
-                there = parts.there(lane) >> first & all & ~asked;
+                do there = parts.there(lane) >> first & all & ~asked;
+                while (PARTS > 8 && there != all);  // for many parts, turns cost more than they save
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
                     if (!(there >> i & 1)) continue;
@@ -935,16 +971,16 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, con
 
 struct ReceivedParts {
     u32 base;
-    const Slice& slice;
+    int first_chunk, first_warp;
 
     __device__ __forceinline__ u32 there(int) const { return ~0u; }
 
     __device__ __forceinline__ u32 word(int part, int chunk, u32 at) const {
-        return load_shared(base + part * RECEIVED_PART_BYTES + (chunk - slice.first) * CHUNK_BYTES + at);
+        return load_shared(base + part * SLICE_BYTES + (chunk - first_chunk) * CHUNK_BYTES + at);
     }
     __device__ __forceinline__ float2 state(int part, int warp, u32 at) const {
-        return load_shared_pair(base + part * RECEIVED_PART_BYTES + SLICE_CHUNKS * CHUNK_BYTES +
-                                (warp - slice.first_warp()) * STATE_BYTES + at);
+        const u32 states = base + part * SLICE_BYTES + SLICE_CHUNKS * CHUNK_BYTES;
+        return load_shared_pair(states + (warp - first_warp) * STATE_BYTES + at);
     }
 };
 
@@ -967,21 +1003,13 @@ struct PartsInMemory {
     }
 };
 
-// In a cluster: each block's share of the consumer's rows to it.
-__device__ __forceinline__ void send_rows(const Tile& tile, const Shared& shared, u32 rank, int consumer, int thread) {
-    // One thread sends to one block, and no warp to more than a few: a warp's copies are issued one after the other.
-    const u32 block = thread / 8;
-    if (thread % 8 || block >= PARTS) return;
-    const Slice slice(tile, block);
-    const int from = max(slice.first, 4 * consumer * CHUNKS), to = min(slice.end, 4 * (consumer + 1) * CHUNKS);
-    if (from >= to) return;
-    const u32 target = in_block(shared.received + rank * RECEIVED_PART_BYTES, block);
-    const u32 received = in_block(shared.all_received, block);
-    const int warp = from / CHUNKS, warps = (to - 1) / CHUNKS - warp + 1;
-    send(target + (from - slice.first) * CHUNK_BYTES, shared.staged + from * CHUNK_BYTES, (to - from) * CHUNK_BYTES,
-         received);
-    send(target + SLICE_CHUNKS * CHUNK_BYTES + (warp - slice.first_warp()) * STATE_BYTES,
-         shared.staged + TILE_CHUNKS * CHUNK_BYTES + warp * STATE_BYTES, warps * STATE_BYTES, received);
+// In a cluster: each block's slice to it. A warp's copies are issued one after the other, so that all warps do some.
+__device__ __forceinline__ void send_slices(const Shared& shared, u32 rank, int thread) {
+    constexpr int LANES = CONSUMER_THREADS / (PARTS <= 2 ? 2 : PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : 16);
+    const u32 block = thread / LANES;
+    if (thread % LANES || block >= PARTS) return;
+    send(in_block(shared.received + rank * SLICE_BYTES, block), shared.staged + block * SLICE_BYTES, SLICE_BYTES,
+         in_block(shared.all_received, block));
 }
 
 }  // namespace
@@ -994,24 +1022,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Shared shared(shared_address(memory));
     const u32 rank = blockIdx.x % PARTS, first_number = blockIdx.x / PARTS;
     Tile tile = tile_of(p, first_number, rank);
-    const Slice slice(tile, rank);
     const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
 
     Producer producer{p, shared, q_map, k_map, v_map};
     if (threadIdx.x == 0) {
         barrier_init(shared.q_full, 1);
+        barrier_init(shared.k_full, 1);
+        fence_barriers();
+        producer.begin(tile);
         barrier_init(shared.q_empty, CONSUMERS);
         barrier_init(shared.all_received, 1);
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(shared.k_full + 8 * stage, 1);
+            if (stage) barrier_init(shared.k_full + 8 * stage, 1);
             barrier_init(shared.v_full + 8 * stage, 1);
             barrier_init(shared.k_empty + 8 * stage, CONSUMERS / SHARED_ROWS);
             barrier_init(shared.v_empty + 8 * stage, CONSUMERS / SHARED_ROWS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        producer.begin(tile);
-        if (IN_CLUSTER) barrier_expect(shared.all_received, PARTS * slice.bytes());
+        fence_barriers();
+        if (IN_CLUSTER) barrier_expect(shared.all_received, SLICES_BYTES);
     }
     __syncthreads();
     if (IN_CLUSTER && APART) cluster_arrive();  // nobody sends before all barriers are there
@@ -1047,16 +1076,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 cluster_wait();
                 if (APART && SHARED_ROWS == 1 && CONSUMERS > 1) sync_threads(1, CONSUMER_THREADS);  // both have read the ring
                 if (has_rows) {
-                    store_part(consumer, thread, o, softmax,
-                               [&](u32 at, u32 word) { store_shared(shared.staged + at, word); });
+                    store_part(consumer, thread, o, softmax, StagedPart{shared.staged});
                     fence_async();
-                    sync_threads(2 + consumer, WARPGROUP);
-                    send_rows(tile, shared, rank, consumer, thread);
                 }
+                sync_threads(1, CONSUMER_THREADS);
+                send_slices(shared, rank, threadIdx.x - WARPGROUP);
                 barrier_wait(shared.all_received, 0);
                 __syncwarp();
                 cluster_arrive();
-                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, ReceivedParts{shared.received, slice});
+                add_parts(p, tile, Slice{slice_first(rank), min(slice_first(rank + 1), tile.chunks)},
+                          threadIdx.x - WARPGROUP, ReceivedParts{shared.received, slice_first(rank), slice_warp(rank)});
                 __syncwarp();
                 cluster_wait();  // a block's memory outlives what it sends
             } else {
@@ -1067,13 +1096,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
                 if (has_rows) {
                     if ((4 * consumer + thread / 32) * CHUNKS < tile.chunks) {
-                        unsigned char* const mine = parts + rank * PART_BYTES;
-                        store_part(consumer, thread, o, softmax,
-                                   [&](u32 at, u32 word) { *reinterpret_cast<u32*>(mine + at) = word; });
+                        store_part(consumer, thread, o, softmax, PartInMemory{parts + rank * PART_BYTES});
                     }
                     sync_threads(2 + consumer, WARPGROUP);
                     if (thread == 0) add_release(arrived + rank);
                 }
+                const Slice slice{tile.chunks * int(rank) / PARTS, tile.chunks * int(rank + 1) / PARTS};
                 add_parts(p, tile, slice, threadIdx.x - WARPGROUP, PartsInMemory{parts, arrived, goal});
             }
             if (!PERSISTENT) break;

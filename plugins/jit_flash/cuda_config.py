@@ -66,14 +66,14 @@ class Config:
         needed = q + ring + merged + barriers
         if self.cluster == 1:
             return needed if needed <= SHARED_BYTES else None
-        chunks = dv // 8
-        slice_chunks = -(-(self.rows // 16 * chunks) // self.parts)
-        slice_warps = (slice_chunks + chunks - 2) // chunks + 1
-        received = self.parts * (slice_chunks * CHUNK_BYTES + slice_warps * STATE_BYTES)
-        staged = self.part_bytes(head_dim_v)
-        if needed + received <= SHARED_BYTES:
-            return needed + received if staged <= ring else None
-        return needed if needed <= SHARED_BYTES and received + staged <= q + ring else None
+        chunks, parts = dv // 8, self.parts  # chunks of a warp's rows
+        firsts = [self.rows // 16 * chunks * block // parts for block in range(parts + 1)]
+        slice_chunks = -(-(self.rows // 16 * chunks) // parts)
+        slice_warps = max(-(-end // chunks) - first // chunks for first, end in itertools.pairwise(firsts))
+        slices = parts * (slice_chunks * CHUNK_BYTES + slice_warps * STATE_BYTES)
+        if needed + slices <= SHARED_BYTES:
+            return needed + slices if slices <= ring else None
+        return needed if needed <= SHARED_BYTES and 2 * slices <= q + ring else None
 
 
 def rounded(head_dim: int) -> int:
