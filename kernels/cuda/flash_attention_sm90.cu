@@ -83,7 +83,7 @@ constexpr u32 PART_BYTES = TILE_CHUNKS * CHUNK_BYTES + ROWS / 16 * STATE_BYTES;
 __host__ __device__ constexpr int slice_first(int block) { return TILE_CHUNKS * block / PARTS; }
 __host__ __device__ constexpr int slice_of(int chunk) { return ((chunk + 1) * PARTS - 1) / TILE_CHUNKS; }
 __host__ __device__ constexpr int slice_warp(int block) { return slice_first(block) / CHUNKS; }  // the first whose rows are in it
-constexpr int most_warps_of_a_slice() {
+__host__ __device__ constexpr int most_warps_of_a_slice() {
     int most = 0;
     for (int block = 0; block < PARTS; ++block) {
         const int warps = (slice_first(block + 1) + CHUNKS - 1) / CHUNKS - slice_warp(block);
