@@ -932,8 +932,7 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, con
             const u32 all = (1ull << min(BATCH, PARTS - first)) - 1;
             // What is there is asked for while the rest is waited for.
             for (u32 asked = 0, there; asked != all; asked |= there) {
-                do there = parts.there(lane) >> first & all & ~asked;
-                while (PARTS > 8 && there != all);  // for many parts, turns cost more than they save
+                there = parts.there(lane) >> first & all & ~asked;
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
                     if (!(there >> i & 1)) continue;
@@ -989,12 +988,26 @@ struct PartsInMemory {
     const u32* arrived;
     u32 goal;
 
-    __device__ __forceinline__ u32 there(int lane) const {
+    __device__ __forceinline__ u32 arrived_by_now(int lane) const {
         const bool is = static_cast<int>(load_acquire(arrived + min(lane, PARTS - 1)) - goal) >= 0;
         const u32 parts = __ballot_sync(0xFFFFFFFFu, is);
         __syncwarp();  // what one lane has acquired, all may read
         return parts;
     }
+
+    // Of many parts every turn would find a few: all are waited for, by one warp for its warpgroup, as those who ask
+    // are in the way of those who tell.
+    static constexpr bool TURNS = PARTS <= 8;
+    __device__ __forceinline__ void wait(int consumer, int thread) const {
+        if (TURNS) return;
+        if (thread < 32) {
+            while (arrived_by_now(thread) != ~0u) {
+            }
+        }
+        sync_threads(2 + consumer, WARPGROUP);
+    }
+    __device__ __forceinline__ u32 there(int lane) const { return TURNS ? arrived_by_now(lane) : ~0u; }
+
     __device__ __forceinline__ u32 word(int part, int chunk, u32 at) const {
         return load_relaxed(base + part * PART_BYTES + chunk * CHUNK_BYTES + at);
     }
@@ -1102,7 +1115,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     if (thread == 0) add_release(arrived + rank);
                 }
                 const Slice slice{tile.chunks * int(rank) / PARTS, tile.chunks * int(rank + 1) / PARTS};
-                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, PartsInMemory{parts, arrived, goal});
+                const PartsInMemory others{parts, arrived, goal};
+                others.wait(consumer, thread);
+                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, others);
             }
             if (!PERSISTENT) break;
             before += tile.blocks;
