@@ -1,8 +1,8 @@
 """Configurations of jit_flash's CUDA kernel beside each other, and what its model makes of them.
 
 Run: python benchmarks/cuda_configs.py, which looks at h100_configs.csv beside it; or, on a Hopper GPU, with
-`--time FILE.csv` it first times every configuration of pto's problems that has work for at least 30 SMs and not more
-than fit at once, by CUDA graphs, and writes FILE.csv.
+`--time FILE.csv` it first times, by CUDA graphs, every configuration of the problems below that has work for at least
+30 SMs, and writes FILE.csv.
 
 Claim: the model of plugins/jit_flash/cuda_config.py meets the times within 5% (root mean square of the logarithms'
 differences), and what it chooses among them is in geometric mean at most 2% slower than the fastest, nowhere more than
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
+import itertools
 import math
 import statistics
 import sys
@@ -25,16 +27,28 @@ from pathlib import Path
 
 from cpu_bounds import Table
 
-from attnbench.problem import PTO, Problem
+from attnbench.problem import PTO, Problem, cross
 from attnbench.stats import geometric_mean
 from attnbench_plugins.jit_flash.cuda_config import Config, configs, predicted_us, units
 
 DATA = Path(__file__).with_name("h100_configs.csv")
-FIELDS = ("rows", "keys", "stages", "cluster", "split_v")
+CASE_FIELDS = ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "causal")
+FIELDS = tuple(field.name for field in dataclasses.fields(Config))
+FP16 = {"dtype": ("fp16",)}
+CASES = (
+    *(case.resolve("cuda") for case in PTO),
+    *(
+        case
+        for n in (1024, 4096)
+        for case in cross(**FP16, batch=(4,), heads_q=(16,), seqlen_q=(n,), seqlen_k=(n,), causal=(False, True))
+    ),
+    *cross(**FP16, batch=(1, 8, 64), heads_q=(32,), heads_kv=(8,), seqlen_q=(1,), seqlen_k=(1024, 8192, 32768)),
+)
+"""pto, many heads, decoding."""
 H100 = {1: 132, 2: 66, 3: 43, 4: 31, 6: 20, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
 """Clusters that the H100 of h100_configs.csv ran at once, by their size: asked of it for 1, 8 and 16, for others taken
 from the times, which jump where one more has to wait."""
-LEAST_BLOCKS, CALLS = 30, 300
+LEAST_BLOCKS, MOST_CALLS, MOST_US = 30, 300, 20_000
 MEETS, MEAN, WORST = 0.05, 1.02, 1.08
 
 Times = Mapping[Problem, Mapping[Config, float]]
@@ -45,9 +59,14 @@ def read(path: Path) -> Times:
     found: dict[Problem, dict[Config, float]] = defaultdict(dict)
     with path.open(newline="") as lines:
         for row in csv.DictReader(lines):
-            case = Problem(seqlen_q=int(row["seqlen_q"]), seqlen_k=int(row["seqlen_k"]), dtype="fp16")
-            found[case][Config(*(int(row[name]) for name in FIELDS))] = float(row["device_us"])
+            case = Problem(dtype="fp16", **{name: _value(Problem, name, row[name]) for name in CASE_FIELDS})
+            config = Config(**{name: _value(Config, name, row[name]) for name in FIELDS})
+            found[case][config] = float(row["device_us"])
     return found
+
+
+def _value(of: type, name: str, text: str) -> int | bool:
+    return text == "True" if of.__annotations__[name] == "bool" else int(text)
 
 
 def timed(clusters: Mapping[int, int]) -> Iterator[tuple[Problem, Config, float]]:
@@ -57,30 +76,30 @@ def timed(clusters: Mapping[int, int]) -> Iterator[tuple[Problem, Config, float]
     from attnbench_plugins.jit_flash import cuda
 
     device, backend = CudaDevice(), cuda.JitFlashCuda()
-    cases = [problem.resolve("cuda") for problem in PTO.problems]
     chosen = [
         (case, config)
-        for case in cases
-        for config in configs(case)
-        if units(case, config) <= clusters[config.cluster] and units(case, config) * config.cluster >= LEAST_BLOCKS
+        for case in CASES
+        for config in configs(case, clusters)
+        if units(case, config) * config.parts >= LEAST_BLOCKS and math.isfinite(predicted_us(case, config, clusters))
     ]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda pair: cuda.cubin(*pair), chosen))
     for case, config in chosen:
         q, k, v = (torch.randn(shape, device="cuda").half() for shape in (case.q_shape, case.k_shape, case.v_shape))
         call = backend.prepare(case, q, k, v, config=config)
-        device.time_calls(call, CALLS, cold=False)
-        yield case, config, statistics.median(device.time_calls(call, CALLS, cold=False).times_us)
+        calls = max(10, min(MOST_CALLS, int(MOST_US / predicted_us(case, config, clusters))))
+        device.time_calls(call, calls, cold=False)
+        yield case, config, statistics.median(device.time_calls(call, calls, cold=False).times_us)
         device.forget(call)
 
 
 def write(path: Path, rows: Iterable[tuple[Problem, Config, float]]) -> None:
     with path.open("w", newline="") as lines:
         writer = csv.writer(lines, lineterminator="\n")
-        writer.writerow(["seqlen_q", "seqlen_k", *FIELDS, "device_us"])
+        writer.writerow([*CASE_FIELDS, *FIELDS, "device_us"])
         for case, config, time_us in rows:
-            values = (getattr(config, name) for name in FIELDS)
-            writer.writerow([case.seqlen_q, case.seqlen_k, *values, f"{time_us:.3f}"])
+            values = (getattr(case, name) for name in CASE_FIELDS), (getattr(config, name) for name in FIELDS)
+            writer.writerow([*itertools.chain(*values), f"{time_us:.3f}"])
 
 
 def tables(times: Times, clusters: Mapping[int, int]) -> Iterator[Table]:

@@ -50,7 +50,6 @@
 //     PARTS   blocks that share the keys of a tile
 //     CLUSTERED  1: they are a cluster, of 16 at most; 0: they meet in global memory
 //     PERSISTENT 1: blocks take tiles until there are no more; PARTS and SHARED_ROWS are 1 then
-//     EAGER   1: the producer asks for all that the ring holds at once
 //     PACK    query heads of a tile; a divisor of those that share a key head
 //     MASKED  1: causal or window
 // No header is included, so that NVRTC compiles it without a CUDA toolkit.
@@ -511,13 +510,13 @@ struct Producer {
         }
     }
 
-    // Not all that the ring holds is asked for at once: what is in flight shares the bandwidth, and comes as late as the
-    // last of it. A key block's V and the next one's K are asked for when its own K is there. Where all comes from
-    // memory, latency counts for more (EAGER).
+    // Of large key blocks not all that the ring holds is asked for at once: what is in flight shares the bandwidth, and
+    // comes as late as the last of it. A block's V and the next one's K are asked for when its own K is there. Of small
+    // ones that would be too little to hide the latency.
     __device__ __forceinline__ void go_on(const Tile& tile) {
         for (int index = 0; index < tile.blocks; ++index) {
             const Slot slot(before + index);
-            if (!EAGER) barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
+            if (KEYS > 64) barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
             ask_values(tile, index);
             if (index + 1 < tile.blocks) ask_keys(tile, index + 1);
         }

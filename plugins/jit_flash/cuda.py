@@ -18,6 +18,7 @@ from attnbench.backend import Backend
 from attnbench.problem import DeviceKind, Problem
 from attnbench_plugins.jit_flash.cuda_config import (
     CLUSTERS,
+    MAX_PARTS,
     SHARED_BYTES,
     Config,
     choose,
@@ -36,8 +37,6 @@ ARCH, CAPABILITY = "sm_90a", (9, 0)
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 1 << 29
 """Positions and their differences fit into 32 bits."""
-MAX_PARTS = 32
-"""Of a tile, that meet in memory."""
 MAX_BLOCKS = (1 << 31) - 1
 """Of a grid, and the kernel's divisions hold below that."""
 MIN_SCALE, MAX_SCALE = 1e-38, 1e6
@@ -306,7 +305,6 @@ def macros(problem: Problem, config: Config) -> dict[str, int]:
         "PARTS": config.parts,
         "CLUSTERED": int(config.clustered),
         "PERSISTENT": int(config.persistent),
-        "EAGER": int(config.eager),
         "PACK": packed_heads(problem, config.rows),
     }
 

@@ -5,6 +5,7 @@ Knows no driver and no tensor, so that all of it runs where there is no GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,10 @@ CHUNK_BYTES, STATE_BYTES = 384, 128
 """Of a part: 8 columns of 16 rows, and what is known of 16 rows."""
 CLUSTERS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 15, 16)
 """Blocks of a cluster: the sizes that were timed. More than 8 the kernel has to ask for."""
+MAX_PARTS = 32
+"""Of a tile, that meet in memory."""
+SHAPES = ((128, 176, 1), (128, 128, 1), (128, 64, 1), (64, 128, 1), (64, 64, 1), (64, 128, 2), (64, 64, 2))
+"""Of a tile and its key blocks: rows, keys, and how many consumers share the rows."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,6 @@ class Config:
     shared_rows: int = 1
     clustered: bool = True
     persistent: bool = False
-    eager: bool = False
 
     @property
     def threads(self) -> int:
@@ -97,28 +101,46 @@ def units(problem: Problem, config: Config) -> int:
     return problem.batch * (problem.heads_q // heads) * tiles * config.split_v
 
 
-def configs(problem: Problem) -> Iterator[Config]:
-    """All that can run a problem and may be the fastest."""
+def configs(problem: Problem, clusters: Mapping[int, int]) -> Iterator[Config]:
+    """All that can run a problem and may be the fastest, where a device runs `clusters` at once, by their size."""
     boxes = rounded(problem.head_dim_v) // 64
-    for rows, keys, split_v in itertools.product((128, 64), (128, 64), range(1, boxes + 1)):
+    masked = problem.causal or problem.window is not None
+    for (rows, keys, shared_rows), split_v in itertools.product(SHAPES, range(1, boxes + 1)):
         if boxes % split_v:
             continue
-        if rows == keys == 128 and boxes // split_v > 2:  # more registers than there are
+        if rows * shared_rows == 128 and keys > 64 and boxes // split_v > 2:  # more registers than there are
             continue
-        for cluster in CLUSTERS:
-            if cluster > -(-problem.seqlen_k // keys):
-                break
+        one = Config(rows, keys, 0, split_v=split_v, shared_rows=shared_rows)
+        blocks, tiles = -(-problem.seqlen_k // keys) // shared_rows, units(problem, one)
+        for parts, clustered in itertools.chain(_clustered(blocks), _in_memory(blocks, tiles, clusters[1])):
+            if keys > 128 and (parts > 1 or masked):  # slower than 128 there
+                continue
+            # Where masks make tiles unequal, blocks of one tile each were up to 11% faster than those that take more.
+            persistent = parts == 1 and shared_rows == 1 and not masked and tiles > clusters[1]
             # More stages hide more latency, but where tiles are large and many two measured 4% faster than three.
-            for stages in (2,) if rows == keys == 128 and cluster == 1 else (4, 3, 2):
-                config = Config(rows, keys, stages, cluster, split_v)
-                if config.shared_bytes(problem.head_dim, problem.head_dim_v) is not None:
+            for stages in (2,) if rows == keys == 128 and parts == 1 else (4, 3, 2):
+                config = dataclasses.replace(
+                    one, stages=stages, parts=parts, clustered=clustered, persistent=persistent
+                )
+                if stages % shared_rows == 0 and config.shared_bytes(problem.head_dim, problem.head_dim_v) is not None:
                     yield config
                     break
 
 
+def _clustered(blocks: int) -> Iterator[tuple[int, bool]]:
+    """Numbers of parts that are a cluster, and one."""
+    yield from ((parts, True) for parts in CLUSTERS if parts == 1 or parts <= blocks)
+
+
+def _in_memory(blocks: int, tiles: int, processors: int) -> Iterator[tuple[int, bool]]:
+    """Numbers of parts that meet in memory: as many as can run at once, or a power of two, as key blocks often are."""
+    most = min(processors // tiles, blocks, MAX_PARTS)
+    yield from ((parts, False) for parts in sorted({most, 1 << max(most, 1).bit_length() - 1}) if parts > 1)
+
+
 def choose(problem: Problem, clusters: Mapping[int, int]) -> Config:
-    """The fastest by `predicted_us`; `clusters` are those the device runs at once, by their size."""
-    return min(configs(problem), key=lambda config: predicted_us(problem, config, clusters))
+    """The fastest by `predicted_us`."""
+    return min(configs(problem, clusters), key=lambda config: predicted_us(problem, config, clusters))
 
 
 LAUNCH_US = 1.2
@@ -136,38 +158,43 @@ SOFTMAX_CYCLES_A_KEY = 3.0
 """Of 64 rows."""
 BLOCK_CYCLES = 310.0
 """What a key block takes besides."""
-CLUSTER_CYCLES, CLUSTER_CYCLES_A_BLOCK, EXCHANGE_BYTES_A_CYCLE = 160.0, 64.0, 8.6
-"""For adding up in a cluster: once, for each of its blocks, and for what a block sends."""
+CLUSTER_CYCLES, CLUSTER_CYCLES_A_PART, CLUSTER_BYTES_A_CYCLE = 160.0, 64.0, 8.6
+"""For adding up in a cluster: once, for each part, and for what a block sends."""
+MEMORY_CYCLES, MEMORY_CYCLES_A_PART, MEMORY_BYTES_A_CYCLE = 2000.0, 20.0, 10.0
+"""The same in memory."""
 LATER_WAVE = 0.88
 """Of the time of the first: it starts while the one before it ends."""
 
 
 def predicted_us(problem: Problem, config: Config, clusters: Mapping[int, int]) -> float:
-    """What a model expects of a configuration.
-
-    Its constants are fitted to the 436 times of `pto` problems on an H100 in benchmarks/h100_configs.csv, which it
-    meets within 5% (root mean square of the logarithms' differences); what it chooses among them was 2% slower than the
-    fastest, 8% at most.
-    """
+    """What a model expects of a configuration; infinite where not all that meet in memory can run at once."""
     d, dv = rounded(problem.head_dim), config.columns(problem.head_dim_v)
     launched, at_once = units(problem, config), max(clusters.get(config.cluster, 0), 0)
-    if not at_once:
+    if config.meets_in_memory:
+        at_once //= config.parts
+    if not at_once or (config.meets_in_memory and launched > at_once):
         return float("inf")
     waves = -(-launched // at_once)
     # A tile's keys: of one wave the longest tile counts, of several their mean.
     mean_keys = problem.visible_pairs / max(problem.visible_rows, 1)
     keys = mean_keys if waves > 1 else _most_keys(problem, config)
-    blocks = max(1, math.ceil(math.ceil(keys / config.keys) / config.cluster))
-    running = min(launched, at_once) * config.cluster
+    blocks = max(1, math.ceil(math.ceil(keys / config.keys) / config.parts / config.shared_rows))
+    running = min(launched, at_once) * config.parts
     products = config.rows * config.keys * (d + dv) / MULTIPLY_ADDS_A_CYCLE
     softmax = SOFTMAX_CYCLES_A_KEY * config.keys
+    consumers = config.rows // 64 * config.shared_rows
     # One consumer's softmax waits for its products; two do theirs in turn.
-    compute = (products + softmax if config.rows == 64 else max(products, 2 * softmax)) + BLOCK_CYCLES
-    load = config.keys * (d + dv) * 2 / min(LOAD_BYTES_A_CYCLE, L2_BYTES_A_CYCLE / running)
+    compute = products + softmax if consumers == 1 else max(products * config.shared_rows, 2 * softmax)
+    compute += BLOCK_CYCLES
+    load = config.keys * config.shared_rows * (d + dv) * 2 / min(LOAD_BYTES_A_CYCLE, L2_BYTES_A_CYCLE / running)
     cycles = START_CYCLES + compute + load + (blocks - 1) * max(compute, load)
-    if config.cluster > 1:
-        sent = config.rows * dv * 4 / EXCHANGE_BYTES_A_CYCLE
-        cycles += CLUSTER_CYCLES + CLUSTER_CYCLES_A_BLOCK * config.cluster + sent
+    if config.parts > 1:
+        once, a_part, rate = (
+            (MEMORY_CYCLES, MEMORY_CYCLES_A_PART, MEMORY_BYTES_A_CYCLE)
+            if config.meets_in_memory
+            else (CLUSTER_CYCLES, CLUSTER_CYCLES_A_PART, CLUSTER_BYTES_A_CYCLE)
+        )
+        cycles += once + a_part * config.parts + config.part_bytes(problem.head_dim_v) / rate
     return LAUNCH_US + (1 + LATER_WAVE * (waves - 1)) * cycles / CYCLES_A_US
 
 
