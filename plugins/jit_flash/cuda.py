@@ -171,7 +171,6 @@ class JitFlashCuda(Backend):
         """The SMs that have a block of it."""
         import torch
 
-        torch.cuda.synchronize()  # which gives this thread the device's context
         clusters = active_clusters(torch.cuda.current_device())
         config = choose(problem, clusters)
         launched = units(problem, config) * config.parts
@@ -346,6 +345,9 @@ def _kernel(path: Path, function: str, shared_bytes: int, cluster: int, device: 
 def active_clusters(device: int) -> Mapping[int, int]:
     """How many clusters of each size the device runs at once, with one block on an SM: its SMs come in groups of
     different sizes, and a cluster lies in one. The device must be the current one."""
+    import torch
+
+    torch.cuda.synchronize(device)  # which gives this thread the device's context
     kernel = _kernel(_compiled("occupancy.cu"), "empty", SHARED_BYTES, CLUSTERS[-1], device)
     return {
         size: kernel.active_clusters(
