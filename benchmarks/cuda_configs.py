@@ -4,9 +4,10 @@ Run: python benchmarks/cuda_configs.py, which looks at h100_configs.csv beside i
 `--time FILE.csv` it first times, by CUDA graphs, the configurations of the problems below that have work for at least
 30 SMs and of which the model expects at most 1.6 times the least, and writes FILE.csv.
 
-Claim: the model of plugins/jit_flash/cuda_config.py meets the times within 5% (root mean square of the logarithms'
-differences), and what it chooses among them is in geometric mean at most 2% slower than the fastest, nowhere more than
-8%. On another GPU than the one it is fitted to the first may be missed.
+Claim: the model of plugins/jit_flash/cuda_config.py meets the times within 13% (root mean square of the logarithms'
+differences; a GPU that slows down under long loads is part of it), and what it chooses among them is in geometric mean
+at most 1.5% slower than the fastest, nowhere more than 5%. On another GPU than the one it is fitted to all may be
+missed.
 
 Printed: of each problem the fastest configuration and the chosen one. Exits with 1 where a limit is missed.
 """
@@ -45,11 +46,10 @@ CASES = (
     *cross(**FP16, batch=(1, 8, 64), heads_q=(32,), heads_kv=(8,), seqlen_q=(1,), seqlen_k=(1024, 8192, 32768)),
 )
 """pto, many heads, decoding."""
-H100 = {1: 132, 2: 66, 3: 43, 4: 31, 6: 20, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
-"""Clusters that the H100 of h100_configs.csv ran at once, by their size: asked of it for 1, 8 and 16, for others taken
-from the times, which jump where one more has to wait."""
+H100 = {1: 132, 2: 66, 3: 39, 4: 30, 6: 17, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
+"""Clusters that the H100 of h100_configs.csv ran at once, by their size, as the driver told."""
 LEAST_BLOCKS, FAR_OFF, MOST_CALLS, MOST_US = 30, 1.6, 300, 20_000
-MEETS, MEAN, WORST = 0.05, 1.02, 1.08
+MEETS, MEAN, WORST = 0.13, 1.015, 1.05
 
 Times = Mapping[Problem, Mapping[Config, float]]
 """In µs."""
@@ -107,7 +107,8 @@ def write(path: Path, rows: Iterable[tuple[Problem, Config, float]]) -> None:
 def tables(times: Times, clusters: Mapping[int, int]) -> Iterator[Table]:
     table = Table("Problem", "Fastest", "µs", "Chosen", "µs", "Slower by")
     slower, errors = [], []
-    for case, by_config in times.items():
+    for case, every in times.items():
+        by_config = {config: time_us for config, time_us in every.items() if config in set(configs(case, clusters))}
         errors += [math.log(predicted_us(case, config, clusters) / time_us) for config, time_us in by_config.items()]
         fastest = min(by_config, key=by_config.__getitem__)
         chosen = min(by_config, key=lambda config: predicted_us(case, config, clusters))
@@ -123,8 +124,16 @@ def tables(times: Times, clusters: Mapping[int, int]) -> Iterator[Table]:
 
 
 def _words(config: Config) -> str:
-    split = f", V in {config.split_v}" if config.split_v > 1 else ""
-    return f"{config.rows} × {config.keys}, {config.stages} stages, {config.cluster} blocks{split}"
+    words = [f"{config.rows} × {config.keys}", f"{config.stages} stages"]
+    if config.parts > 1:
+        words.append(f"{config.parts} parts in {'memory' if config.meets_in_memory else 'a cluster'}")
+    if config.split_v > 1:
+        words.append(f"V in {config.split_v}")
+    if config.shared_rows > 1:
+        words.append("shared rows")
+    if config.persistent:
+        words.append("persistent")
+    return ", ".join(words)
 
 
 def main() -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from attnbench.problem import Problem
@@ -21,6 +22,8 @@ CLUSTERS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 15, 16)
 """Blocks of a cluster: the sizes that were timed. More than 8 the kernel has to ask for."""
 MAX_PARTS = 32
 """Of a tile, that meet in memory."""
+LONG = 1024
+"""Keys, of which a few masked ones more in the last block do not count."""
 SHAPES = ((128, 176, 1), (128, 128, 1), (128, 64, 1), (64, 128, 1), (64, 64, 1), (64, 128, 2), (64, 64, 2))
 """Of a tile and its key blocks: rows, keys, and how many consumers share the rows."""
 
@@ -106,14 +109,20 @@ def configs(problem: Problem, clusters: Mapping[int, int]) -> Iterator[Config]:
     boxes = rounded(problem.head_dim_v) // 64
     masked = problem.causal or problem.window is not None
     for (rows, keys, shared_rows), split_v in itertools.product(SHAPES, range(1, boxes + 1)):
-        if boxes % split_v:
-            continue
-        if rows * shared_rows == 128 and keys > 64 and boxes // split_v > 2:  # more registers than there are
+        if boxes % split_v or (split_v > 1 and _read_bytes(problem) > L2_BYTES):
             continue
         one = Config(rows, keys, 0, split_v=split_v, shared_rows=shared_rows)
+        wide, large = boxes // split_v > 2, rows * shared_rows == 128
+        if large and keys > 64 and wide:  # more registers than there are
+            continue
         blocks, tiles = -(-problem.seqlen_k // keys) // shared_rows, units(problem, one)
+        many = tiles > clusters[1] and problem.seqlen_k >= LONG
         for parts, clustered in itertools.chain(_clustered(blocks), _in_memory(blocks, tiles, clusters[1])):
-            if keys > 128 and (parts > 1 or masked):  # slower than 128 there
+            # Of many tiles with 128 rows, blocks of 128 keys were up to 9% slower than those of 176, where no masks make
+            # those slow, and blocks of 64 keys up to 20%.
+            if parts == 1 and many and rows == 128 and not wide and keys != (128 if masked else 176):
+                continue
+            if keys > 128 and (parts > 1 or masked):
                 continue
             # Where masks make tiles unequal, blocks of one tile each were up to 11% faster than those that take more.
             persistent = parts == 1 and shared_rows == 1 and not masked and tiles > clusters[1]
@@ -146,24 +155,29 @@ def choose(problem: Problem, clusters: Mapping[int, int]) -> Config:
 LAUNCH_US = 1.2
 """An empty kernel in a graph."""
 CYCLES_A_US = 1750.0
-START_CYCLES = 1450.0
+START_CYCLES = 1660.0
 """Until the first key block can be asked for, and after the last for writing."""
-LOAD_BYTES_A_CYCLE = 110.0
+LOAD_BYTES_A_CYCLE = 115.0
 """Of one SM."""
-L2_BYTES_A_CYCLE = 5000.0
+L2_BYTES_A_CYCLE = 4910.0
 """Of all SMs."""
-MULTIPLY_ADDS_A_CYCLE = 2048 / 1.24
-"""Of an SM's tensor cores; 1.24 is what they take beyond their rate."""
-SOFTMAX_CYCLES_A_KEY = 3.0
+L2_BYTES, MEMORY_LOAD_BYTES_A_CYCLE, MEMORY_BYTES_A_CYCLE = 40e6, 20.0, 1750.0
+"""Beyond the first, keys and values come from memory, for one SM at the second, for all at the third."""
+MULTIPLY_ADDS_A_CYCLE = 1435.0
+"""Of an SM's tensor cores, which do 2048 at best."""
+SOFTMAX_CYCLES_A_KEY = 2.05
 """Of 64 rows."""
-BLOCK_CYCLES = 310.0
-"""What a key block takes besides."""
-CLUSTER_CYCLES, CLUSTER_CYCLES_A_PART, CLUSTER_BYTES_A_CYCLE = 160.0, 64.0, 8.6
+BLOCK_CYCLES, MERGE_CYCLES = 653.0, 720.0
+"""What a key block takes besides, and two consumers of the same rows at the end."""
+CLUSTER_CYCLES, CLUSTER_CYCLES_A_PART, CLUSTER_BYTES_A_CYCLE = 217.0, 64.0, 13.0
 """For adding up in a cluster: once, for each part, and for what a block sends."""
-MEMORY_CYCLES, MEMORY_CYCLES_A_PART, MEMORY_BYTES_A_CYCLE = 2000.0, 20.0, 10.0
+MEETING_CYCLES, MEETING_CYCLES_A_PART, MEETING_BYTES_A_CYCLE = 1122.0, 34.0, 8.9
 """The same in memory."""
-LATER_WAVE = 0.88
-"""Of the time of the first: it starts while the one before it ends."""
+TILE_CYCLES, LATER_WAVE = 449.0, 0.958
+"""What a tile after the first takes besides its key blocks, where a block of threads goes on to it; and where another
+starts, of the time of the first: it starts while the one before it ends."""
+MOST_TILES = 64
+"""Looked at for how many key blocks they see."""
 
 
 def predicted_us(problem: Problem, config: Config, clusters: Mapping[int, int]) -> float:
@@ -174,36 +188,49 @@ def predicted_us(problem: Problem, config: Config, clusters: Mapping[int, int]) 
         at_once //= config.parts
     if not at_once or (config.meets_in_memory and launched > at_once):
         return float("inf")
-    waves = -(-launched // at_once)
-    # A tile's keys: of one wave the longest tile counts, of several their mean.
-    mean_keys = problem.visible_pairs / max(problem.visible_rows, 1)
-    keys = mean_keys if waves > 1 else _most_keys(problem, config)
-    blocks = max(1, math.ceil(math.ceil(keys / config.keys) / config.parts / config.shared_rows))
+    tile_blocks = _key_blocks(problem, config)
+    waves, mean_blocks = max(1.0, launched / at_once), statistics.fmean(tile_blocks)
+    if min(tile_blocks) == max(tile_blocks):
+        waves = math.ceil(waves)
+    # A tile's: of one wave the longest counts, of several their mean.
+    blocks = math.ceil((max(tile_blocks) if waves == 1 else mean_blocks) / config.parts / config.shared_rows)
     running = min(launched, at_once) * config.parts
-    products = config.rows * config.keys * (d + dv) / MULTIPLY_ADDS_A_CYCLE
-    softmax = SOFTMAX_CYCLES_A_KEY * config.keys
     consumers = config.rows // 64 * config.shared_rows
-    # One consumer's softmax waits for its products; two do theirs in turn.
-    compute = products + softmax if consumers == 1 else max(products * config.shared_rows, 2 * softmax)
-    compute += BLOCK_CYCLES
-    load = config.keys * config.shared_rows * (d + dv) * 2 / min(LOAD_BYTES_A_CYCLE, L2_BYTES_A_CYCLE / running)
+    products = 64 * config.keys * (d + dv) / MULTIPLY_ADDS_A_CYCLE
+    # A consumer's softmax waits for its products, and not for those of another.
+    compute = max(consumers * products, products + SOFTMAX_CYCLES_A_KEY * config.keys + BLOCK_CYCLES)
+    rate = min(LOAD_BYTES_A_CYCLE, L2_BYTES_A_CYCLE / running)
+    if _read_bytes(problem) > L2_BYTES:  # once, and then by the other tiles of a key head from L2
+        readers = launched / (problem.batch * problem.heads_kv)
+        rate = min(rate, readers * min(MEMORY_LOAD_BYTES_A_CYCLE, MEMORY_BYTES_A_CYCLE / running))
+    load = config.keys * config.shared_rows * (d + dv) * 2 / rate
     cycles = START_CYCLES + compute + load + (blocks - 1) * max(compute, load)
+    if config.shared_rows > 1:
+        cycles += MERGE_CYCLES
     if config.parts > 1:
-        once, a_part, rate = (
-            (MEMORY_CYCLES, MEMORY_CYCLES_A_PART, MEMORY_BYTES_A_CYCLE)
+        once, a_part, send_rate = (
+            (MEETING_CYCLES, MEETING_CYCLES_A_PART, MEETING_BYTES_A_CYCLE)
             if config.meets_in_memory
             else (CLUSTER_CYCLES, CLUSTER_CYCLES_A_PART, CLUSTER_BYTES_A_CYCLE)
         )
-        cycles += once + a_part * config.parts + config.part_bytes(problem.head_dim_v) / rate
-    return LAUNCH_US + (1 + LATER_WAVE * (waves - 1)) * cycles / CYCLES_A_US
+        cycles += once + a_part * config.parts + config.part_bytes(problem.head_dim_v) / send_rate
+    later = mean_blocks * max(compute, load) + TILE_CYCLES if config.persistent else LATER_WAVE * cycles
+    return LAUNCH_US + (cycles + (waves - 1) * later) / CYCLES_A_US
 
 
-def _most_keys(problem: Problem, config: Config) -> float:
-    """That any tile sees."""
+def _read_bytes(problem: Problem) -> int:
+    """Of keys and values."""
+    return problem.batch * problem.heads_kv * problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2
+
+
+def _key_blocks(problem: Problem, config: Config) -> Sequence[int]:
+    """That tiles see, at least one each: of all tiles of a head, or of MOST_TILES of them."""
     queries = config.rows // packed_heads(problem, config.rows)
-    spans = []
-    for first in range(0, problem.seqlen_q, queries):
-        last = min(first + queries, problem.seqlen_q) - 1
-        (low, _), (_, high) = problem.key_range(first), problem.key_range(last)
-        spans.append(high - low)
-    return max(1, *spans)
+    tiles = -(-problem.seqlen_q // queries)
+    found = []
+    for tile in range(0, tiles, -(-tiles // MOST_TILES)):
+        first = tiles - 1 - tile  # of those that are left out, none is the one that sees the most
+        last = min((first + 1) * queries, problem.seqlen_q) - 1
+        (low, _), (_, high) = problem.key_range(first * queries), problem.key_range(last)
+        found.append(max(1, -(-high // config.keys) - low // config.keys))
+    return found
