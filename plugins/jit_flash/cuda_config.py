@@ -118,8 +118,8 @@ def configs(problem: Problem, clusters: Mapping[int, int]) -> Iterator[Config]:
         blocks, tiles = -(-problem.seqlen_k // keys) // shared_rows, units(problem, one)
         many = tiles > clusters[1] and problem.seqlen_k >= LONG
         for parts, clustered in itertools.chain(_clustered(blocks), _in_memory(blocks, tiles, clusters[1])):
-            # Of many tiles with 128 rows, blocks of 128 keys were up to 9% slower than those of 176, where no masks make
-            # those slow, and blocks of 64 keys up to 20%.
+            # Of many tiles with 128 rows, blocks of 128 keys were up to 9% slower than those of 176 without masks, and
+            # blocks of 64 keys up to 20%.
             if parts == 1 and many and rows == 128 and not wide and keys != (128 if masked else 176):
                 continue
             if keys > 128 and (parts > 1 or masked):
