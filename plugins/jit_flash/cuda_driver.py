@@ -21,6 +21,8 @@ _FLOAT16, _BFLOAT16 = 6, 9
 _SWIZZLE_128B = 3
 _NO_CONTEXT = 201
 _L2_PROMOTION_256B = 3
+SM_COUNT, SHARED_BYTES_OF_SM, SHARED_BYTES_OF_BLOCK = 16, 81, 97
+"""What `attribute` tells of a device; of a block, as much as it may ask for."""
 PORTABLE_CLUSTER = 8
 """Blocks that a cluster may have on every device that has clusters."""
 
@@ -77,6 +79,14 @@ def _words(status: int) -> str:
     return known.decode() if known else f"error {status}"
 
 
+def attribute(what: int) -> int:
+    """A number of the current context's device. Raises DriverError."""
+    device, value = ctypes.c_int(), ctypes.c_int()
+    _call("cuCtxGetDevice", ctypes.byref(device))
+    _call("cuDeviceGetAttribute", ctypes.byref(value), what, device)
+    return value.value
+
+
 class Kernel:
     """One function of a cubin, loaded into the current context."""
 
@@ -106,7 +116,8 @@ class Launch:
     def __init__(
         self, kernel: Kernel, *, blocks: int, threads: int, cluster: int, shared_bytes: int, arguments: Sequence[Any]
     ) -> None:
-        """`arguments` are ctypes values, as the kernel's parameters are laid out."""
+        """`arguments` are ctypes values, as the kernel's parameters are laid out; `cluster` 0 is no cluster, where a
+        device has none."""
         self._kept = (kernel, arguments)
         self._attribute = _Attribute(id=_CLUSTER_DIMENSION)
         self._attribute.value[:3] = (cluster, 1, 1)
@@ -115,7 +126,7 @@ class Launch:
             block=(threads, 1, 1),
             shared_bytes=shared_bytes,
             attributes=ctypes.pointer(self._attribute),
-            attribute_count=1,
+            attribute_count=1 if cluster else 0,
         )
         self._pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         self._launch = _driver().cuLaunchKernelEx
