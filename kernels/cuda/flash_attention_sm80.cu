@@ -94,7 +94,7 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
-// BYTES from global to shared memory, or as many zeros; what is read then is nothing.
+// BYTES from global to shared memory; or zeros, and nothing is read, wherever `source` points.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(u32 target, const u16* source, bool there) {
     if constexpr (BYTES == 16) {
@@ -195,6 +195,9 @@ __device__ __forceinline__ float log2_approx(float x) {
     return y;
 }
 
+// What is computed from x is computed again where it is needed, not kept in registers, of which there are too few.
+__device__ __forceinline__ void recompute(u32& x) { asm volatile("" : "+r"(x)); }
+
 // Two floats as 16-bit values in one register, `low` at the lower address.
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
@@ -217,9 +220,9 @@ constexpr u32 ALL_LANES = 0xFFFFFFFF;
 // ---- the tile -----------------------------------------------------------------------------------------------------
 
 struct Tile {
-    int batch, group;   // of PACK query heads
-    int query;          // the first
-    int block, blocks;  // the key blocks that some row sees: the first, and how many
+    int batch, group;  // of PACK query heads
+    int query;         // the first
+    int block, end;    // the key blocks that some row sees: the first, and the one after the last
 };
 
 __device__ __forceinline__ u32 operator/(u32 n, const Divisor& d) { return (__umulhi(n, d.factor) + n) >> d.shift; }
@@ -234,9 +237,8 @@ __device__ __forceinline__ int position_of(const Params& p, const Tile& tile, in
     return tile.query + row / PACK + p.seqlen_k - p.seqlen_q;
 }
 
-__device__ __forceinline__ Tile tile_of(const Params& p) {
+__device__ __forceinline__ Tile tile_of(const Params& p, u32 work) {
     Tile tile;
-    const u32 work = blockIdx.x;
     u32 all_groups = work / p.tiles, tiles_left = work - all_groups * p.tiles.value;  // a wave of one group
     if (MASKED) {
         const u32 wave = all_groups / p.wave, first = wave * p.wave.value;
@@ -251,28 +253,42 @@ __device__ __forceinline__ Tile tile_of(const Params& p) {
     const int last = min(p.seqlen_q, tile.query + QUERIES) - 1 - tile.query;
     const int low = low_key(p, position_of(p, tile, 0));
     const int high = max(low, high_key(p, position_of(p, tile, last * PACK)));
-    tile.block = low / KEYS;
-    tile.blocks = (high + KEYS - 1) / KEYS - tile.block;
+    tile.block = low / KEYS, tile.end = (high + KEYS - 1) / KEYS;
     return tile;
 }
 
-// The keys that some of a warp's rows see, and those that all do.
-struct Seen {
-    int low, high, whole_low, whole_high;
+// Where a warp's first and last query stand among the keys.
+struct Span {
+    int first, last;
 
-    __device__ __forceinline__ Seen(const Params& p, const Tile& tile, int first_row) {
-        const int first = position_of(p, tile, first_row);
-        const int last = min(position_of(p, tile, first_row + WARP_ROWS - 1), p.seqlen_k - 1);
-        low = low_key(p, first), high = first > last ? 0 : high_key(p, last);
-        whole_low = low_key(p, last), whole_high = high_key(p, first);
+    __device__ __forceinline__ Span(const Params& p, const Tile& tile, int first_row)
+        : first(position_of(p, tile, first_row)),
+          last(min(position_of(p, tile, first_row + WARP_ROWS - 1), p.seqlen_k - 1)) {}
+
+    // Whether some of the warp's rows see any of its keys from `key` on, and whether all see all.
+    __device__ __forceinline__ bool some(const Params& p, int key) const {
+        return first <= last && key < high_key(p, last) && key + WARP_KEYS > low_key(p, first);
+    }
+    __device__ __forceinline__ bool all(const Params& p, int key) const {
+        return key >= low_key(p, last) && key + WARP_KEYS <= high_key(p, first);
     }
 };
 
-// Byte of a chunk of 16 in rows of CHUNKS. Rows 8 / SPAN apart begin in the same bank; their chunks are permuted.
+// Rows of CHUNKS that are 8 / SPAN apart begin in the same bank; their chunks are permuted, SPAN by SPAN.
+template <int CHUNKS>
+constexpr u32 SPAN = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
+
+// Byte of a chunk in such rows.
 template <int CHUNKS>
 __device__ __forceinline__ u32 swizzled(u32 row, u32 chunk) {
-    constexpr u32 SPAN = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
-    return row * (CHUNKS * 16) + (chunk ^ (row / (8 / SPAN) % SPAN)) * 16;
+    return row * (CHUNKS * 16) + (chunk ^ (row / (8 / SPAN<CHUNKS>) % SPAN<CHUNKS>)) * 16;
+}
+
+// Address of the chunk 2·step further right than one in the first two columns.
+template <int CHUNKS>
+__device__ __forceinline__ u32 further(u32 address, u32 step) {
+    constexpr u32 STEPS = SPAN<CHUNKS> / 2;
+    return (address ^ step % STEPS * 32) + step / STEPS * (STEPS * 32);
 }
 
 // ---- from global to shared memory ---------------------------------------------------------------------------------
@@ -291,42 +307,52 @@ __device__ __forceinline__ void copy_chunk(u32 target, const u16* source, bool t
     }
 }
 
-// COUNT rows of COLUMNS by all threads: `row_at` gives a row's address, or null where there is none, which makes zeros.
-// `anything` is an address that may be read.
-template <int COUNT, int COLUMNS, class RowAt>
-__device__ __forceinline__ void copy_rows(u32 target, const u16* anything, const RowAt& row_at) {
-    constexpr u32 CHUNKS = (COLUMNS + 15) / 16 * 2, ALL = COUNT * CHUNKS;
-    const u32 thread = threadIdx.x;
+// Which chunks of COUNT rows of COLUMNS a thread copies: those numbered its own index and every THREADS after that.
+// Where threads make up whole rows, they are chunks of one column, STEP rows apart.
+template <int COUNT, int COLUMNS>
+struct Share {
+    static constexpr u32 CHUNKS = (COLUMNS + 15) / 16 * 2, ALL = COUNT * CHUNKS, MOST = (ALL + THREADS - 1) / THREADS;
+    static constexpr bool IN_COLUMN = THREADS % CHUNKS == 0;
+    static constexpr u32 STEP = THREADS / CHUNKS;
+
+    __device__ __forceinline__ static bool has(u32 i) { return ALL % THREADS == 0 || i * THREADS + threadIdx.x < ALL; }
+    __device__ __forceinline__ static u32 row(u32 i) {
+        return IN_COLUMN ? threadIdx.x / CHUNKS + i * STEP : (i * THREADS + threadIdx.x) / CHUNKS;
+    }
+    __device__ __forceinline__ static u32 chunk(u32 i) {
+        return (IN_COLUMN ? threadIdx.x : i * THREADS + threadIdx.x) % CHUNKS;
+    }
+    // Not of the columns that D or DV has beyond.
+    __device__ __forceinline__ static bool inside(u32 i) { return COLUMNS % 16 == 0 || chunk(i) * 8 < COLUMNS; }
+    __device__ __forceinline__ static u32 place(u32 i) { return swizzled<CHUNKS>(row(i), chunk(i)); }
+};
+
+__device__ __forceinline__ void copy_queries(const Params& p, const Tile& tile, u32 target) {
+    using Mine = Share<ROWS, HEAD_DIM>;
+    const u16* const first = p.q.data + tile.batch * p.q.batch + i64(tile.group) * PACK * p.q.head;
 #pragma unroll
-    for (u32 i = 0; i < (ALL + THREADS - 1) / THREADS; ++i) {
-        const u32 index = i * THREADS + thread;
-        if (ALL % THREADS && index >= ALL) break;
-        constexpr bool WHOLE = THREADS % CHUNKS == 0;  // rows at a time: a thread's chunk is the same in all of them
-        const u32 row = WHOLE ? i * (THREADS / CHUNKS) + thread / CHUNKS : index / CHUNKS;
-        const u32 chunk = WHOLE ? thread % CHUNKS : index % CHUNKS;
-        const u16* const source = row_at(row);
-        const bool there = source && (COLUMNS % 16 == 0 || chunk * 8 < COLUMNS);
-        copy_chunk(target + swizzled<CHUNKS>(row, chunk), there ? source + chunk * 8 : anything, there);
+    for (u32 i = 0; i < Mine::MOST; ++i) {
+        if (!Mine::has(i)) break;
+        const int row = Mine::row(i), query = tile.query + row / PACK;
+        const u16* const source = first + row % PACK * p.q.head + query * p.q.row + Mine::chunk(i) * 8;
+        copy_chunk(target + Mine::place(i), source, row < QUERIES * PACK && query < p.seqlen_q && Mine::inside(i));
     }
 }
 
-__device__ __forceinline__ void copy_queries(const Params& p, const Tile& tile, u32 target) {
-    const u16* const first = p.q.data + tile.batch * p.q.batch;
-    copy_rows<ROWS, HEAD_DIM>(target, p.q.data, [&](u32 row) -> const u16* {
-        const int query = tile.query + int(row / PACK), head = tile.group * PACK + int(row % PACK);
-        if (row >= QUERIES * PACK || query >= p.seqlen_q) return nullptr;
-        return first + head * p.q.head + query * p.q.row;
-    });
-}
-
-// One key block of K or of V; `head` is the tile's.
+// The key block from `key` on, of K or of V; `head` is the tile's.
 template <int COLUMNS>
-__device__ __forceinline__ void copy_keys(const Params& p, const Strided& tensor, const u16* head, int block, u32 target) {
-    const int key = block * KEYS, left = p.seqlen_k - key;
-    const u16* const first = head + key * tensor.row;
-    copy_rows<KEYS, COLUMNS>(target, tensor.data, [&](u32 row) -> const u16* {
-        return int(row) < left ? first + row * tensor.row : nullptr;
-    });
+__device__ __forceinline__ void copy_keys(const Params& p, const u16* head, i64 stride, int key, u32 target) {
+    using Mine = Share<KEYS, COLUMNS>;
+    const int left = p.seqlen_k - key;
+    const u16* const first = head + (key + i64(Mine::row(0))) * stride + Mine::chunk(0) * 8;
+#pragma unroll
+    for (u32 i = 0; i < Mine::MOST; ++i) {
+        if (!Mine::has(i)) break;
+        const u16* const source =
+            Mine::IN_COLUMN ? first + i * Mine::STEP * stride
+                            : first + i64(Mine::row(i) - Mine::row(0)) * stride + (int(Mine::chunk(i)) - int(Mine::chunk(0))) * 8;
+        copy_chunk(target + Mine::place(i), source, int(Mine::row(i)) < left && Mine::inside(i));
+    }
 }
 
 // ---- one warp's rows ----------------------------------------------------------------------------------------------
@@ -337,15 +363,23 @@ using Scores = float[ROW_TILES][WARP_KEYS / 8][4];
 using Output = float[ROW_TILES][DV / 8][4];
 using Queries = u32[ROW_TILES][4];
 
-__device__ __forceinline__ void load_queries(u32 q, int lane, int step, Queries& a) {
+// Where a lane's rows for ldmatrix are in shared memory, in a warp's first tile of Q, K and V: such that a register of
+// the result, or two next to each other, are what mma.sync takes.
+struct Fragments {
+    u32 q, k, v;
+
+    __device__ __forceinline__ Fragments(u32 q_row, u32 k_row, u32 v_row, int lane)
+        : q(q_row + swizzled<D / 8>(lane % 16, lane / 16)),
+          k(k_row + swizzled<D / 8>(lane % 8 + lane / 16 * 8, lane / 8 % 2)),
+          v(v_row + swizzled<DV / 8>(lane % 16, lane / 16)) {}
+};
+
+__device__ __forceinline__ void load_queries(u32 q, int step, Queries& a) {
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) {
-        load_matrices(a[m], q + m * 16 * D * 2 + swizzled<D / 8>(lane % 16, 2 * step + lane / 16));
-    }
+    for (int m = 0; m < ROW_TILES; ++m) load_matrices(a[m], further<D / 8>(q, step) + m * 16 * D * 2);
 }
 
-// `q` is the warp's first row in shared memory, `k` its first key there.
-__device__ __forceinline__ void multiply_scores(u32 q, const Queries (&kept)[D / 16], u32 k, int lane, Scores& s) {
+__device__ __forceinline__ void multiply_scores(u32 q, const Queries (&kept)[D / 16], u32 k, Scores& s) {
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
@@ -357,13 +391,12 @@ __device__ __forceinline__ void multiply_scores(u32 q, const Queries (&kept)[D /
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
         Queries read;
-        if (!Q_REGISTERS) load_queries(q, lane, step, read);
+        if (!Q_REGISTERS) load_queries(q, step, read);
         const u32(*const a)[4] = Q_REGISTERS ? kept[step] : read;
 #pragma unroll
         for (int n = 0; n < WARP_KEYS / 8; n += 2) {
             u32 b[4];
-            load_matrices(b, k + n * 8 * D * 2 +
-                                 swizzled<D / 8>(lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+            load_matrices(b, further<D / 8>(k, step) + n * 8 * D * 2);
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) {
                 multiply_add(s[m][n], a[m], b[0], b[1]);
@@ -373,8 +406,8 @@ __device__ __forceinline__ void multiply_scores(u32 q, const Queries (&kept)[D /
     }
 }
 
-// `v` is the warp's first key in shared memory. A lane holds the weights as mma.sync wants them.
-__device__ __forceinline__ void multiply_values(const Scores& s, u32 v, int lane, Output& o) {
+// A lane holds the weights as mma.sync wants them.
+__device__ __forceinline__ void multiply_values(const Scores& s, u32 v, Output& o) {
 #pragma unroll
     for (int step = 0; step < WARP_KEYS / 16; ++step) {
         u32 a[ROW_TILES][4];
@@ -386,7 +419,7 @@ __device__ __forceinline__ void multiply_values(const Scores& s, u32 v, int lane
 #pragma unroll
         for (int n = 0; n < DV / 8; n += 2) {
             u32 b[4];
-            load_transposed(b, v + step * 16 * DV * 2 + swizzled<DV / 8>(lane % 16, n + lane / 16));
+            load_transposed(b, further<DV / 8>(v, n / 2) + step * 16 * DV * 2);
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) {
                 multiply_add(o[m][n], a[m], b[0], b[1]);
@@ -461,7 +494,7 @@ struct Softmax {
                 far |= fabsf(shift[m][h]) >= FAR;
             }
         }
-        if (far) subtract(s, base, shift);
+        if (__any_sync(ALL_LANES, far)) subtract(s, base, shift);
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
@@ -518,6 +551,9 @@ struct Softmax {
     }
 };
 
+// Of a condition that is the same in all lanes; the compiler does not know, and would guard what lanes do together.
+__device__ __forceinline__ bool uniform(bool condition) { return __any_sync(ALL_LANES, condition); }
+
 struct Warp {
     int lane, first_row, first_key;  // of the tile, and of each key block
 
@@ -532,49 +568,51 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
     const int key_head = u32(tile.group) / p.key_groups;
     const u16* const k_head = p.k.data + tile.batch * p.k.batch + key_head * p.k.head;
     const u16* const v_head = p.v.data + tile.batch * p.v.batch + key_head * p.v.head;
-    const auto k_place = [&](int index) { return memory + Q_BYTES + index % STAGES * (K_BYTES + V_BYTES); };
-    const auto v_place = [&](int index) { return k_place(index) + K_BYTES; };
-    const auto copy_k = [&](int index) {
-        if (index < tile.blocks) copy_keys<HEAD_DIM>(p, p.k, k_head, tile.block + index, k_place(index));
+    const auto place = [&](int block) { return memory + Q_BYTES + block % STAGES * (K_BYTES + V_BYTES); };
+    const auto copy_k = [&](int block) {
+        if (block < tile.end) copy_keys<HEAD_DIM>(p, k_head, p.k.row, block * KEYS, place(block));
     };
-    const auto copy_v = [&](int index) {
-        if (index < tile.blocks) copy_keys<HEAD_DIM_V>(p, p.v, v_head, tile.block + index, v_place(index));
+    const auto copy_v = [&](int block) {
+        if (block < tile.end) copy_keys<HEAD_DIM_V>(p, v_head, p.v.row, block * KEYS, place(block) + K_BYTES);
     };
     copy_queries(p, tile, memory);
-    if (STAGES == 1) copy_k(0), copy_commit();
+    if (STAGES == 1) copy_k(tile.block), copy_commit();
 #pragma unroll
-    for (int index = 0; index < STAGES - 1; ++index) copy_k(index), copy_v(index), copy_commit();
+    for (int i = 0; i < STAGES - 1; ++i) copy_k(tile.block + i), copy_v(tile.block + i), copy_commit();
 
-    const Seen seen(p, tile, warp.first_row);
-    const u32 q = memory + warp.first_row * D * 2, k_offset = warp.first_key * D * 2, v_offset = warp.first_key * DV * 2;
+    const Span span(p, tile, warp.first_row);
+    Fragments at(memory + warp.first_row * D * 2, memory + Q_BYTES + warp.first_key * D * 2,
+                 memory + Q_BYTES + K_BYTES + warp.first_key * DV * 2, warp.lane);
     Queries kept[D / 16];
-    for (int index = 0; index < tile.blocks; ++index) {
-        const int key = (tile.block + index) * KEYS + warp.first_key;
-        // Others' rows may see what none of this warp's do.
-        const bool some = key < seen.high && key + WARP_KEYS > seen.low;
+    for (int block = tile.block; block < tile.end; ++block) {
         copy_wait<STAGES == 1 ? 0 : STAGES - 2>();
         __syncthreads();
-        if (Q_REGISTERS && index == 0) {
+        if (Q_REGISTERS && block == tile.block) {
 #pragma unroll
-            for (int step = 0; step < D / 16; ++step) load_queries(q, warp.lane, step, kept[step]);
+            for (int step = 0; step < D / 16; ++step) load_queries(at.q, step, kept[step]);
         }
         if (STAGES == 1) {
-            copy_v(index);
+            copy_v(block);
         } else {
-            copy_k(index + STAGES - 1), copy_v(index + STAGES - 1);
+            copy_k(block + STAGES - 1), copy_v(block + STAGES - 1);
         }
         copy_commit();
+        recompute(at.q), recompute(at.k), recompute(at.v);
+        const u32 stage = block % STAGES * (K_BYTES + V_BYTES);
+        const int key = block * KEYS + warp.first_key;
+        // Others' rows, and other warps' keys, may be seen where none of this warp's are.
+        const bool some = (!MASKED && KEY_WARPS == 1) || uniform(span.some(p, key));
         Scores s;
-        if (some) multiply_scores(q, kept, k_place(index) + k_offset, warp.lane, s);
+        if (some) multiply_scores(at.q, kept, at.k + stage, s);
         if (STAGES == 1) {
             copy_wait<0>();
             __syncthreads();
-            copy_k(index + 1), copy_commit();
+            copy_k(block + 1), copy_commit();
         }
         if (some) {
-            if (key < seen.whole_low || key + WARP_KEYS > seen.whole_high) mask(p, tile, warp.first_row, key, warp.lane, s);
+            if (!uniform(span.all(p, key))) mask(p, tile, warp.first_row, key, warp.lane, s);
             softmax.update(s, p.scale_log2, o);
-            multiply_values(s, v_place(index) + v_offset, warp.lane, o);
+            multiply_values(s, at.v + stage, o);
         }
     }
     copy_wait<0>();
@@ -701,13 +739,15 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, u32
 extern "C" __global__ void __launch_bounds__(THREADS) flash_attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char memory[];
     const u32 base = shared_address(memory);
-    const Tile tile = tile_of(p);
     const Warp warp(threadIdx.x);
     Output o;
 #pragma unroll
     for (int i = 0; i < ROW_TILES * DV / 2; ++i) o[i / (DV / 2)][i / 4 % (DV / 8)][i % 4] = 0;
     Softmax softmax;
-    attend(p, tile, warp, base, o, softmax);
+    u32 work = blockIdx.x;
+    attend(p, tile_of(p, work), warp, base, o, softmax);
+    recompute(work);
+    const Tile tile = tile_of(p, work);
     if (KEY_WARPS == 1) {
         write_rows(p, tile, warp, base, o, softmax);
     } else {

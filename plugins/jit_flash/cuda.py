@@ -1,7 +1,7 @@
 """Owns jit_flash on NVIDIA GPUs: compiles a kernel of kernels/cuda/ for a problem and launches it.
 
-flash_attention_sm90.cu is for Hopper and for tensors that TMA takes, flash_attention_sm80.cu for all else. Knows nothing
-of their insides; their configurations are cuda_config.py's and cuda_sm80.py's.
+flash_attention_sm90.cu is for Hopper and tensors that TMA takes, flash_attention_sm80.cu for all else. Knows nothing of
+their insides; their configurations are cuda_config.py's and cuda_sm80.py's.
 """
 
 from __future__ import annotations

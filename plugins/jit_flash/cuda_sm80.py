@@ -79,7 +79,7 @@ def configs(problem: Problem, gpu: Gpu) -> Iterator[Config]:
     large = (
         [Config(128, keys, 8) for keys in (64, 32)]
         if wide
-        else [Config(128, keys, 4) for keys in ((128, 64) if small else (64, 32))]
+        else [Config(128, keys, 4) for keys in ((96, 64) if small else (64, 32))]
     )
     halves = [Config(64, keys, 4, stages=stages, q_registers=few) for keys, stages in ((64, 2), (64, 1), (32, 1))]
     quarters = [Config(32, 64, 2, 2, stages, few) for stages in (2, 1)]
