@@ -307,21 +307,16 @@ __device__ __forceinline__ void copy_chunk(u32 target, const u16* source, bool t
     }
 }
 
-// Which chunks of COUNT rows of COLUMNS a thread copies: those numbered its own index and every THREADS after that.
-// Where threads make up whole rows, they are chunks of one column, STEP rows apart.
+// Which chunks of COUNT rows of COLUMNS a thread copies: of every STEP rows one, and of that every SIDE chunks one, so
+// that they lie at offsets from the first which all threads have in common.
 template <int COUNT, int COLUMNS>
 struct Share {
-    static constexpr u32 CHUNKS = (COLUMNS + 15) / 16 * 2, ALL = COUNT * CHUNKS, MOST = (ALL + THREADS - 1) / THREADS;
-    static constexpr bool IN_COLUMN = THREADS % CHUNKS == 0;
-    static constexpr u32 STEP = THREADS / CHUNKS;
+    static constexpr u32 CHUNKS = (COLUMNS + 15) / 16 * 2, SIDE = CHUNKS & (0 - CHUNKS), SEGMENTS = CHUNKS / SIDE;
+    static constexpr u32 STEP = THREADS / SIDE, MOST = (COUNT + STEP - 1) / STEP * SEGMENTS;
 
-    __device__ __forceinline__ static bool has(u32 i) { return ALL % THREADS == 0 || i * THREADS + threadIdx.x < ALL; }
-    __device__ __forceinline__ static u32 row(u32 i) {
-        return IN_COLUMN ? threadIdx.x / CHUNKS + i * STEP : (i * THREADS + threadIdx.x) / CHUNKS;
-    }
-    __device__ __forceinline__ static u32 chunk(u32 i) {
-        return (IN_COLUMN ? threadIdx.x : i * THREADS + threadIdx.x) % CHUNKS;
-    }
+    __device__ __forceinline__ static u32 row(u32 i) { return threadIdx.x / SIDE + i / SEGMENTS * STEP; }
+    __device__ __forceinline__ static u32 chunk(u32 i) { return threadIdx.x % SIDE + i % SEGMENTS * SIDE; }
+    __device__ __forceinline__ static bool has(u32 i) { return COUNT % STEP == 0 || row(i) < COUNT; }
     // Not of the columns that D or DV has beyond.
     __device__ __forceinline__ static bool inside(u32 i) { return COLUMNS % 16 == 0 || chunk(i) * 8 < COLUMNS; }
     __device__ __forceinline__ static u32 place(u32 i) { return swizzled<CHUNKS>(row(i), chunk(i)); }
@@ -348,9 +343,7 @@ __device__ __forceinline__ void copy_keys(const Params& p, const u16* head, i64 
 #pragma unroll
     for (u32 i = 0; i < Mine::MOST; ++i) {
         if (!Mine::has(i)) break;
-        const u16* const source =
-            Mine::IN_COLUMN ? first + i * Mine::STEP * stride
-                            : first + i64(Mine::row(i) - Mine::row(0)) * stride + (int(Mine::chunk(i)) - int(Mine::chunk(0))) * 8;
+        const u16* const source = first + i / Mine::SEGMENTS * Mine::STEP * stride + i % Mine::SEGMENTS * Mine::SIDE * 8;
         copy_chunk(target + Mine::place(i), source, int(Mine::row(i)) < left && Mine::inside(i));
     }
 }
