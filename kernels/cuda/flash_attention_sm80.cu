@@ -1,9 +1,9 @@
 // Forward flash attention for compute capability 8.0 and up: cp.async feeds mma.sync, in tiles of any strides.
 //
 // One block owns a tile of up to ROWS rows of one key head: queries of PACK query heads that share it, a query's heads
-// next to each other. ROW_WARPS × KEY_WARPS warps share it: each has ROWS/ROW_WARPS rows, on KEYS/KEY_WARPS keys of every
-// key block. Scores, weights and sums stay in its registers. With STAGES > 1 there is one barrier (|) a key block, behind
-// which all warps have done with the block before it, so that its place in the ring is free:
+// next to each other. ROW_WARPS × KEY_WARPS warps share it: each has ROWS/ROW_WARPS rows, on KEYS/KEY_WARPS keys of
+// every key block. Scores, weights and sums stay in its registers. With STAGES > 1 there is one barrier (|) a key
+// block, behind which all warps have done with the block before it, so that its place in the ring is free:
 //
 //     copies, STAGES 2   Q K0 V0 |        K1 V1         |        K2 V2         | …
 //     each warp                  | QK0 · softmax0 · PV0 | QK1 · softmax1 · PV1 | …
@@ -14,10 +14,10 @@
 //     copies, STAGES 1   Q K0 |  V0 |        K1      |  V1 |        K2      | …
 //     each warp               | QK0 | softmax0 · PV0 | QK1 | softmax1 · PV1 | …
 //
-// Where KEY_WARPS > 1, the warps' sums are added up at the end, in the order of their keys. One launch, no workspace, the
-// same bits every time.
+// Where KEY_WARPS > 1, the warps' sums are added up at the end, in the order of their keys. One launch, no workspace,
+// the same bits every time.
 //
-// Shared memory (chunks of 16 bytes, permuted in each row so that eight rows' chunks of one column lie in all 32 banks):
+// Shared memory, in chunks of 16 bytes, permuted in each row so that eight rows' chunks of one column lie in all banks:
 //
 //     Q        ROWS rows of D
 //     ring     STAGES × (K: KEYS rows of D, V: KEYS rows of DV)
@@ -227,7 +227,10 @@ struct Tile {
 
 __device__ __forceinline__ u32 operator/(u32 n, const Divisor& d) { return (__umulhi(n, d.factor) + n) >> d.shift; }
 
-__device__ __forceinline__ int low_key(const Params& p, int position) { return MASKED ? max(0, position - p.behind) : 0; }
+__device__ __forceinline__ int low_key(const Params& p, int position) {
+    return MASKED ? max(0, position - p.behind) : 0;
+}
+
 __device__ __forceinline__ int high_key(const Params& p, int position) {
     return MASKED ? min(p.seqlen_k, position + p.ahead) : p.seqlen_k;
 }
@@ -343,7 +346,8 @@ __device__ __forceinline__ void copy_keys(const Params& p, const u16* head, i64 
 #pragma unroll
     for (u32 i = 0; i < Mine::MOST; ++i) {
         if (!Mine::has(i)) break;
-        const u16* const source = first + i / Mine::SEGMENTS * Mine::STEP * stride + i % Mine::SEGMENTS * Mine::SIDE * 8;
+        const u16* const row = first + i / Mine::SEGMENTS * Mine::STEP * stride;
+        const u16* const source = row + i % Mine::SEGMENTS * Mine::SIDE * 8;
         copy_chunk(target + Mine::place(i), source, int(Mine::row(i)) < left && Mine::inside(i));
     }
 }
@@ -407,7 +411,10 @@ __device__ __forceinline__ void multiply_values(const Scores& s, u32 v, Output& 
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[m][i] = pack(s[m][2 * step + i / 2][i % 2 * 2], s[m][2 * step + i / 2][i % 2 * 2 + 1]);
+            for (int i = 0; i < 4; ++i) {
+                const float* const two = s[m][2 * step + i / 2] + i % 2 * 2;
+                a[m][i] = pack(two[0], two[1]);
+            }
         }
 #pragma unroll
         for (int n = 0; n < DV / 8; n += 2) {
@@ -721,8 +728,8 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, u32
         }
         const Row row(p, tile, at);
         const float inverse = inverse_approx(sum);
-        write(p, row, chunk, uint4{normalised(row, total[0], total[1], inverse), normalised(row, total[2], total[3], inverse),
-                                   normalised(row, total[4], total[5], inverse), normalised(row, total[6], total[7], inverse)});
+        const auto both = [&](int i) { return normalised(row, total[i], total[i + 1], inverse); };
+        write(p, row, chunk, uint4{both(0), both(2), both(4), both(6)});
         if (p.lse && chunk == 0 && row.valid) store_global(p.lse + row.index, log_sum(top, sum, p.scale_log2));
     }
 }
