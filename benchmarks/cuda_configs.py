@@ -142,9 +142,14 @@ def main() -> int:
     options = parser.parse_args()
     path, clusters = options.time or DATA, H100
     if options.time:
-        from attnbench_plugins.jit_flash.cuda import JitFlashCuda, active_clusters
+        import torch
 
-        if reason := JitFlashCuda().unavailable():
+        from attnbench_plugins.jit_flash.cuda import CAPABILITY, JitFlashCuda, active_clusters
+
+        reason = JitFlashCuda().unavailable()
+        if not reason and torch.cuda.get_device_capability() != CAPABILITY:
+            reason = "these configurations are those of the kernel for Hopper"
+        if reason:
             print(reason, file=sys.stderr)
             return 2
         clusters = dict(active_clusters(0))

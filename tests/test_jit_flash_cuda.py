@@ -18,13 +18,19 @@ from hypothesis import strategies as st
 
 from attnbench import jit
 from attnbench.problem import Problem
-from attnbench_plugins.jit_flash import cuda, cuda_config, cuda_driver
-from attnbench_plugins.jit_flash.cuda import Divisor, JitFlashCuda, Params
+from attnbench_plugins.jit_flash import cuda, cuda_config, cuda_driver, cuda_sm80
+from attnbench_plugins.jit_flash.cuda import Divisor, JitFlashCuda, Params, StridedParams
 from attnbench_plugins.jit_flash.cuda_config import Config, choose, configs, packed_heads, predicted_us, units
+from attnbench_plugins.jit_flash.cuda_sm80 import Gpu
 
 ROOT = Path(__file__).parents[1]
 H100 = {1: 132, 2: 66, 3: 43, 4: 31, 6: 20, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
 """Clusters that an H100 runs at once, by their size (benchmarks/cuda_configs.py)."""
+GPUS = {
+    "A100": Gpu(sms=108, block_bytes=166_912, sm_bytes=167_936),
+    "L40S": Gpu(sms=142, block_bytes=101_376, sm_bytes=102_400),
+    "H100": Gpu(sms=132, block_bytes=232_448, sm_bytes=233_472),
+}
 
 
 def problem(seqlen_q: int, seqlen_k: int, **fields) -> Problem:
@@ -79,6 +85,50 @@ def test_a_tile_holds_whole_queries_of_heads_that_share_a_key_head(rows: int, gr
     assert units(case, Config(rows, 64, 4)) == 3 * (2 * group // heads) * tiles
 
 
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.case_id)
+def test_without_tma_too_a_configuration_is_chosen_that_a_block_has_room_for(case: Problem, gpu: Gpu) -> None:
+    found = list(cuda_sm80.configs(case, gpu))
+    assert [config.rows for config in found] == [128, 64, 32, 16]
+    assert cuda_sm80.choose(case, gpu) in found
+    for config in found:
+        assert config.shared_bytes(case.head_dim, case.head_dim_v) <= gpu.block_bytes
+        assert config.rows % (16 * config.row_warps) == 0
+        assert config.keys % (16 * config.key_warps) == 0
+        # O and S of a warp with 32 rows have 255 registers a thread.
+        assert config.rows // config.row_warps == 16 or case.head_dim_v <= 128
+
+
+@pytest.mark.parametrize(
+    ("case", "gpu", "rows"),
+    [
+        (problem(4096, 4096, heads_q=16), "A100", 128),
+        (problem(1024, 1024, heads_q=13), "A100", 64),  # 104 tiles of 128 rows for 108 SMs
+        (problem(128, 8192), "A100", 16),
+        (problem(2048, 8192), "A100", 16),
+        (problem(1, 4096, batch=64, heads_q=32, heads_kv=8), "A100", 16),  # no tile has more than 4 rows
+        (problem(1, 4096, batch=64, heads_q=64, heads_kv=1), "L40S", 16),
+        (problem(1, 4096, batch=128, heads_q=64, heads_kv=1), "A100", 64),  # all heads of a batch element
+    ],
+)
+def test_tiles_are_large_where_every_sm_has_one(case: Problem, gpu: str, rows: int) -> None:
+    assert cuda_sm80.choose(case, GPUS[gpu]).rows == rows
+
+
+def test_two_blocks_run_on_an_sm_where_they_can() -> None:
+    """An L40S has no room for two tiles of 128 rows with key blocks of 64 of 128 columns, an A100 has."""
+    case = problem(4096, 4096, heads_q=16)
+    assert [cuda_sm80.choose(case, GPUS[gpu]).keys for gpu in ("A100", "L40S")] == [64, 32]
+
+
+@pytest.mark.parametrize(
+    ("places", "size"),
+    [([4096, 256], 16), ([4096, 0], 16), ([4096, 144], 16), ([4104, 256], 8), ([4096, 136, 12], 4), ([4098, 256], 2)],
+)
+def test_as_much_is_copied_at_once_as_all_rows_are_aligned_to(places: list[int], size: int) -> None:
+    assert cuda_sm80.copy_bytes(places) == size
+
+
 # --- what is launched -------------------------------------------------------------------------------------------------
 
 
@@ -98,6 +148,11 @@ class FakeDriver:
         self.launches: list[SimpleNamespace] = []
         self.attributes: list[tuple[int, int]] = []
         self.fails = ""
+        self.cubins: list[tuple[int, str]] = []
+
+    def asked(self, copy: int, arch: str) -> Path:
+        self.cubins.append((copy, arch))
+        return Path(__file__)
 
     def __getattr__(self, name: str):
         def call(*arguments):
@@ -124,7 +179,8 @@ class FakeDriver:
 
     def _cuLaunchKernelEx(self, config, function, arguments, extra):
         config = config._obj
-        attribute = config.attributes[0]
+        attribute = config.attributes[0] if config.attribute_count else SimpleNamespace(id=None, value=[])
+        params = Params.from_address(arguments[3]) if len(arguments) == 4 else StridedParams.from_address(arguments[0])
         self.launches.append(
             SimpleNamespace(
                 grid=list(config.grid),
@@ -133,9 +189,12 @@ class FakeDriver:
                 stream=config.stream,
                 attribute=attribute.id,
                 cluster=list(attribute.value)[:3],
-                params=Params.from_address(arguments[3]),
+                params=params,
             )
         )
+
+    def _cuDeviceGetAttribute(self, value, what, device):
+        value._obj.value = {16: 108, 97: 166_912, 81: 167_936}[what]
 
 
 @pytest.fixture
@@ -143,6 +202,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     fake = FakeDriver()
     monkeypatch.setattr(cuda_driver, "_driver", lambda: fake)
     monkeypatch.setattr(cuda, "cubin", lambda case, config: Path(__file__))
+    monkeypatch.setattr(cuda, "strided_cubin", lambda case, config, copy, arch: fake.asked(copy, arch))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     cuda._kernel.cache_clear()
     yield fake
     cuda._kernel.cache_clear()
@@ -241,6 +302,34 @@ def test_clusters_above_eight_are_asked_for(driver: FakeDriver) -> None:
     assert (14, 1) in driver.attributes
 
 
+def test_the_launch_of_tensors_of_any_strides(driver: FakeDriver) -> None:
+    case = problem(200, 1000, batch=2, heads_q=6, heads_kv=3, head_dim=72, head_dim_v=136, causal=True)
+    config = cuda_sm80.Config(64, 64, 4, stages=2)
+    room = torch.empty(2, 200, 6, 73, dtype=torch.float16)
+    q, k = room.transpose(1, 2)[..., 1:], torch.empty(1, 3, 1000, 72, dtype=torch.float16).expand(case.k_shape)
+    v, out = torch.empty(case.v_shape, dtype=torch.float16), torch.empty(case.out_shape, dtype=torch.float16)
+    launch = cuda._launch_strided(case, config, q, k, v, out, None)
+    launch(0xABC)
+    (made,) = driver.launches
+    assert made.grid == [2 * 6 * 4, 1, 1]
+    assert made.block == [128, 1, 1]
+    assert (made.attribute, made.cluster) == (None, [])  # a device may have no clusters
+    assert driver.attributes == [(8, made.shared_bytes)]
+    assert made.shared_bytes == config.shared_bytes(72, 136) == 64 * 80 * 2 + 2 * 64 * (80 + 144) * 2
+    assert driver.cubins == [(2, "sm_89")]
+    p = made.params
+    assert [p.q.data, p.k.data, p.v.data, p.out] == [tensor.data_ptr() for tensor in (q, k, v, out)]
+    assert (p.q.batch, p.q.head, p.q.row) == (200 * 6 * 73, 73, 6 * 73)
+    assert (p.k.batch, p.k.head, p.k.row) == (0, 72_000, 72)
+    assert [getattr(p, name).value for name in ("tiles", "groups", "key_groups", "wave")] == [4, 6, 2, 4]
+    assert (p.all_groups, p.lse, p.seqlen_q, p.seqlen_k, p.ahead, p.behind) == (12, None, 200, 1000, 1, 1199)
+    assert p.scale_log2 == pytest.approx(math.log2(math.e) / math.sqrt(72))
+
+
+def test_what_a_gpu_has_is_the_drivers_word(driver: FakeDriver) -> None:
+    assert cuda.current_gpu() == GPUS["A100"]
+
+
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +374,7 @@ def layout(tensor: torch.Tensor, *, offset: int = 0, neg: bool = False) -> Simpl
         shape=tensor.shape,
         dtype=tensor.dtype,
         device=torch.device("cuda:0"),
+        element_size=tensor.element_size,
         is_neg=lambda: neg,
         stride=tensor.stride,
         data_ptr=lambda: 4096 + offset,
@@ -294,22 +384,54 @@ def layout(tensor: torch.Tensor, *, offset: int = 0, neg: bool = False) -> Simpl
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (layout(torch.zeros(2, 3, 64, 64), offset=2), "must start, and its rows"),
-        (layout(torch.zeros(2, 3, 64, 66)[..., :64]), "must start, and its rows"),
-        (layout(torch.zeros(1, 3, 64, 64).expand(2, 3, 64, 64)), "must start, and its rows"),
         (layout(torch.zeros(2, 3, 64, 128)[..., ::2]), "last dimension of q must be contiguous: its stride is 2"),
         (layout(torch.zeros(2, 3, 64, 64), neg=True), "q is a negated view"),
-        (layout(torch.zeros(2, 64, 3, 64).transpose(1, 2)), None),
-        (layout(torch.zeros(2, 3, 64, 72)[..., :64]), None),
+        (layout(torch.zeros(1, 3, 64, 64).expand(2, 3, 64, 64), offset=2), None),
+        (layout(torch.zeros(2, 3, 64, 65)[..., :64]), None),
     ],
 )
-def test_layouts_that_tma_takes_and_those_it_does_not(tensor: SimpleNamespace, message: str | None) -> None:
+def test_layouts_that_no_kernel_takes(tensor: SimpleNamespace, message: str | None) -> None:
     case = problem(64, 64, batch=2, heads_q=3, head_dim=64)
     if message is None:
         cuda._require(case, "q", tensor, torch.float32, torch.device("cuda:0"))
     else:
         with pytest.raises(ValueError, match=message):
             cuda._require(case, "q", tensor, torch.float32, torch.device("cuda:0"))
+
+
+LAYOUTS = [
+    (layout(torch.zeros(2, 3, 64, 64).half(), offset=2), False),
+    (layout(torch.zeros(2, 3, 64, 66).half()[..., :64]), False),
+    (layout(torch.zeros(1, 3, 64, 64).half().expand(2, 3, 64, 64)), False),
+    (layout(torch.zeros(2, 64, 3, 64).half().transpose(1, 2)), True),
+    (layout(torch.zeros(2, 3, 64, 72).half()[..., :64]), True),
+    (layout(torch.zeros(6 * 64 * 64).half().as_strided((1, 1, 64, 64), (3, 5, 64, 1))), True),  # of one
+]
+
+
+@pytest.mark.parametrize(("tensor", "takes"), LAYOUTS)
+def test_which_kernel_has_which_gpu_and_which_layouts(
+    monkeypatch: pytest.MonkeyPatch, tensor: SimpleNamespace, takes: bool
+) -> None:
+    assert cuda._suits_tma(tensor) is takes
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "active_clusters", lambda device: H100)
+    monkeypatch.setattr(cuda, "current_gpu", lambda: GPUS["H100"])
+    right = layout(torch.zeros(2, 3, 64, 64).half())
+    case = problem(64, 64, batch=2, heads_q=3, head_dim=64)
+    for capability, expected in (((9, 0), Config if takes else cuda_sm80.Config), ((8, 0), cuda_sm80.Config)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        for tensors in ((tensor, right, right), (right, right, tensor)):
+            assert isinstance(cuda._chosen(case, *tensors), expected)
+
+
+def test_a_given_configuration_of_hoppers_kernel_is_for_tensors_that_tma_takes(driver: FakeDriver) -> None:
+    case = problem(64, 64)
+    q, k, v = (torch.empty(case.q_shape, dtype=torch.float16) for _ in range(3))
+    k = torch.empty(k.numel() + 1, dtype=torch.float16)[1:].view(k.shape)
+    with pytest.raises(ValueError, match="k must start, and its rows, heads and batch elements follow, at multiples"):
+        launched(driver, case, Config(64, 64, 4), q, k, v)
+    assert driver.maps == driver.launches == []
 
 
 def test_all_tensors_are_on_one_gpu() -> None:
@@ -340,11 +462,18 @@ def test_two_threads_launch_on_streams_of_their_own(driver: FakeDriver) -> None:
 def test_how_many_sms_have_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(cuda, "active_clusters", lambda device: H100)
     for case in (problem(128, 1024), problem(8192, 8192, heads_q=8), problem(1, 32768, heads_q=32)):
         config = choose(case, H100)
         busy = min(units(case, config), H100[config.cluster]) * config.cluster
         assert JitFlashCuda().parallel_units(case) == busy <= 132
+
+
+def test_how_many_sms_have_work_before_hopper(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert JitFlashCuda().parallel_units(problem(128, 1024)) == 8
+    assert JitFlashCuda().parallel_units(problem(8192, 8192, heads_q=8)) == 108
 
 
 @pytest.mark.parametrize("there", [(), ("nvcc",), ("nvrtc",), ("nvcc", "nvrtc")])
@@ -366,14 +495,16 @@ def test_nvrtc_is_taken_before_nvcc_and_asked_for_where_there_is_neither(
     else:
         expected = {"nvrtc": "nvrtc sm_90a {}", "nvcc": "nvcc sm_90a {'cubin': True}"}
         assert cuda._toolchain() == expected[there[-1]]
+        assert cuda._toolchain("sm_80") == expected[there[-1]].replace("sm_90a", "sm_80")
 
 
 @pytest.mark.parametrize(
     ("capability", "reason"),
     [
         ((9, 0), None),
-        ((8, 0), "the kernel is for compute capability 9.0 (Hopper), and this GPU has 8.0"),
-        ((10, 0), "the kernel is for compute capability 9.0 (Hopper), and this GPU has 10.0"),
+        ((8, 0), None),
+        ((12, 0), None),
+        ((7, 5), "the kernels are for compute capability 8.0 (Ampere) and up, and this GPU has 7.5"),
     ],
 )
 def test_which_gpus_it_takes(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None) -> None:
@@ -408,6 +539,25 @@ def test_nvrtc_compiles_it_without_a_cuda_toolkit(case: Problem, config: Config)
     assert b"flash_attention" in code
 
 
+STRIDED_VARIANTS = [
+    ("sm_80", problem(4096, 4096), cuda_sm80.Config(128, 64, 4), 16),
+    ("sm_80", problem(64, 640, head_dim=192, head_dim_v=128, window=9), cuda_sm80.Config(16, 64, 1, 4, 2), 8),
+    ("sm_86", problem(64, 64, head_dim=256, dtype="bf16"), cuda_sm80.Config(128, 32, 8), 4),
+    ("sm_89", problem(64, 64, head_dim=64, causal=True), cuda_sm80.Config(128, 96, 4), 16),
+    ("sm_90", problem(3, 9, heads_q=5, heads_kv=1, head_dim=72), cuda_sm80.Config(32, 64, 2, 2, 2, True), 2),
+    ("sm_120", problem(64, 64, dtype="bf16"), cuda_sm80.Config(64, 64, 4, 1, 1, True), 16),
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "case", "config", "copy"), STRIDED_VARIANTS, ids=lambda value: getattr(value, "case_id", str(value))
+)
+def test_nvrtc_compiles_the_kernel_of_any_strides(arch: str, case: Problem, config: object, copy: int) -> None:
+    code = cuda.strided_cubin(case, config, copy, arch).read_bytes()
+    assert code.startswith(b"\x7fELF")
+    assert b"flash_attention" in code
+
+
 def test_the_kernel_and_the_plugin_agree_on_shared_memory() -> None:
     """The kernel refuses to compile where what it lays out does not fit; the plugin must not ask for such a thing."""
     case = problem(128, 8192, head_dim=256)
@@ -429,6 +579,17 @@ def test_nvcc_compiles_it_too_and_without_a_warning(capfd: pytest.CaptureFixture
     tools.run(
         str(source), "out.cubin", cwd=tmp_path, include=(), flags=["-Werror", "all-warnings", *flags], timeout_s=120
     )
+    assert (tmp_path / "out.cubin").read_bytes().startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(jit.missing(lambda: jit.cuda_toolchain("sm_80")) is not None, reason="no nvcc")
+@pytest.mark.parametrize(("arch", "case", "config", "copy"), STRIDED_VARIANTS[:2])
+def test_nvcc_compiles_the_other_too(arch: str, case: Problem, config, copy: int, tmp_path: Path) -> None:
+    tools = jit.cuda_toolchain(arch, cubin=True)
+    flags = [f"-D{name}={value}" for name, value in cuda_sm80.macros(case, config, copy).items()]
+    source = ROOT / "kernels" / "cuda" / "flash_attention_sm80.cu"
+    words = ["-Werror", "all-warnings", *flags]
+    tools.run(str(source), "out.cubin", cwd=tmp_path, include=(), flags=words, timeout_s=120)
     assert (tmp_path / "out.cubin").read_bytes().startswith(b"\x7fELF")
 
 

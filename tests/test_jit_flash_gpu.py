@@ -1,7 +1,8 @@
 """jit_flash on a GPU, against float64: every shape, mask, layout and configuration that it claims.
 
 A script in a process of its own does the work, since `auto` must be the CPU in the tests' own; each test asks for one
-part of what it found.
+part of what it found. On a Hopper GPU every part runs twice: with its own kernel, and with the other, which takes any
+strides, and any GPU from compute capability 8.0 on.
 """
 
 from __future__ import annotations
@@ -19,19 +20,31 @@ import itertools, json, math, random, traceback
 from concurrent.futures import ThreadPoolExecutor
 import torch
 from attnbench import Problem
-from attnbench_plugins.jit_flash import cuda
-from attnbench_plugins.jit_flash.cuda import JitFlashCuda, active_clusters
+from attnbench_plugins.jit_flash import cuda, cuda_sm80
+from attnbench_plugins.jit_flash.cuda import JitFlashCuda, active_clusters, current_gpu
 from attnbench_plugins.jit_flash.cuda_config import Config, choose, configs
 from attnbench_plugins.masks import visible
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICE = torch.device("cuda:0")
+CAPABILITY = torch.cuda.get_device_capability(0)
+ARCH = "sm_{}{}".format(*CAPABILITY)
+torch.zeros(1, device=DEVICE)
+GPU = current_gpu()
 PARTS = {}
+STRIDED = False
+"""Whether the kernel of any strides is to run where the other would do."""
 
 
 def part(function):
     PARTS[function.__name__] = function
     return function
+
+
+def prepared(case, q, k, v, lse=None, config=None):
+    if STRIDED and config is None:
+        config = cuda_sm80.choose(case, GPU)
+    return JitFlashCuda().prepare(case, q, k, v, lse=lse, config=config)
 
 
 def problem(seqlen_q, seqlen_k, **fields):
@@ -64,7 +77,7 @@ def fault(case, config=None, seed=0, tensors=None, scale=1.0):
     """What is wrong with the output or the log-sum-exp; empty where nothing is."""
     q, k, v = tensors or inputs(case, seed, scale)
     lse = torch.full(case.out_shape[:3], 7.0, device=DEVICE)
-    call = JitFlashCuda().prepare(case, q, k, v, lse=lse, config=config)
+    call = prepared(case, q, k, v, lse=lse, config=config)
     call().fill_(math.nan)
     out = call()
     truth, true_lse = attention(case, q, k, v, torch.float64)
@@ -83,9 +96,17 @@ def fault(case, config=None, seed=0, tensors=None, scale=1.0):
 
 def faults(cases):
     cases = [case if isinstance(case, tuple) else (case, None) for case in cases]
-    clusters = active_clusters(0)
+    clusters = {} if STRIDED else active_clusters(0)
+
+    def compiled(pair):
+        case, config = pair
+        config = config or (cuda_sm80.choose(case, GPU) if STRIDED else choose(case, clusters))
+        if isinstance(config, Config):
+            return cuda.cubin(case, config)
+        return cuda.strided_cubin(case, config, 16, ARCH)
+
     with ThreadPoolExecutor(16) as pool:  # they compile beside each other
-        list(pool.map(lambda pair: cuda.cubin(pair[0], pair[1] or choose(pair[0], clusters)), cases))
+        list(pool.map(compiled, cases))
     return [words for words in (fault(*pair) for pair in cases) if words]
 
 
@@ -132,6 +153,9 @@ def configurations():
         problem(100, 1100, head_dim=96, head_dim_v=192),
         problem(3, 1500, heads_q=8, heads_kv=2),
     ]
+    if STRIDED:
+        rooms = [cuda_sm80.Gpu(GPU.sms, room, room + 1024) for room in (101_376, 166_912)]
+        return faults({(case, config) for case in cases for room in rooms for config in cuda_sm80.configs(case, room)})
     chosen = [(case, config) for case in cases for config in configs(case)]
     return faults(random.Random(0).sample(chosen, 90))
 
@@ -177,7 +201,9 @@ def extremes():
 def bits():
     """Ten runs of the same give the same bits, split or not."""
     found = []
-    for config in (Config(64, 64, 4, 16, 2), Config(128, 128, 2, 7), Config(128, 128, 2)):
+    of_any_strides = [cuda_sm80.Config(128, 64, 4), cuda_sm80.Config(16, 64, 1, 4, 2)]
+    of_tma = [Config(64, 64, 4, 16, 2), Config(128, 128, 2, 7), Config(128, 128, 2)]
+    for config in of_any_strides if STRIDED else of_tma:
         case = problem(512, 4096)
         call = JitFlashCuda().prepare(case, *inputs(case), config=config)
         first = call().clone()
@@ -190,7 +216,7 @@ def streams():
     """Two at once on streams of their own, again and again."""
     case = problem(256, 4096)
     pairs = [inputs(case, seed) for seed in (1, 2)]
-    calls = [JitFlashCuda().prepare(case, *tensors) for tensors in pairs]
+    calls = [prepared(case, *tensors) for tensors in pairs]
     right = [call().clone() for call in calls]
     made = [torch.cuda.Stream() for _ in calls]
     torch.cuda.synchronize()
@@ -210,7 +236,7 @@ def streams():
 def threads():
     """Called first in a thread in which torch has done nothing."""
     case = problem(64, 300)
-    call = JitFlashCuda().prepare(case, *inputs(case))
+    call = prepared(case, *inputs(case))
     right = call().clone()
     call().fill_(math.nan)
     torch.cuda.synchronize()
@@ -219,7 +245,7 @@ def threads():
     found = [] if torch.equal(out, right) else ["another thread's output differs"]
     other = problem(64, 3000, head_dim=32)  # whose kernel is not loaded yet
     with ThreadPoolExecutor(1) as pool:
-        found.append(pool.submit(fault, other, Config(64, 64, 3, 5)).result())
+        found.append(pool.submit(fault, other, None if STRIDED else Config(64, 64, 3, 5)).result())
     return [words for words in found if words]
 
 
@@ -228,7 +254,7 @@ def graphs():
     """A captured call computes what the inputs hold when it is replayed."""
     case = problem(128, 2048)
     q, k, v = inputs(case)
-    call = JitFlashCuda().prepare(case, q, k, v)
+    call = prepared(case, q, k, v)
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -238,7 +264,7 @@ def graphs():
         tensor.copy_(other)
     out.fill_(math.nan)
     graph.replay()
-    expected = JitFlashCuda().prepare(case, *others)()
+    expected = prepared(case, *others)()
     return [] if torch.equal(out, expected) else ["a replay does not read the inputs"]
 
 
@@ -248,7 +274,7 @@ def large():
     found = []
     case = problem(1, 1, batch=70_000, heads_q=2, head_dim=64)
     q, k, v = inputs(case)
-    if not torch.equal(JitFlashCuda().prepare(case, q, k, v)(), v):  # of one key
+    if not torch.equal(prepared(case, q, k, v)(), v):  # of one key
         found.append(case.case_id)
     keys = (1 << 24) + 192
     case = problem(64, keys)
@@ -256,21 +282,70 @@ def large():
     q, k, v = (torch.zeros(shape, dtype=torch.float16, device=DEVICE) for shape in shapes)
     k[:, :, -1], q[:] = 4.0, 4.0  # the last key has all the weight
     v[:, :, -1] = 3.0
-    out = JitFlashCuda().prepare(case, q, k, v)()
+    out = prepared(case, q, k, v)()
     if not torch.equal(out, torch.full_like(out, 3.0)):
         found.append(case.case_id)
     return found
 
 
 @part
+def odd_layouts():
+    """What TMA does not take: rows of an odd number of elements, any first address, strides of zero."""
+    found = []
+    for causal, dims in ((True, (128, 128)), (False, (40, 72))):
+        case = problem(130, 300, heads_q=4, heads_kv=2, batch=3, head_dim=dims[0], head_dim_v=dims[1], causal=causal)
+        tensors = inputs(case)
+        for pad, offset, order in itertools.product((0, 1, 2, 4), (0, 1, 2, 4), ((0, 1, 2, 3), (0, 2, 1, 3))):
+            if pad == offset == 0:
+                continue
+            odd = []
+            for tensor in tensors:
+                sizes = [tensor.shape[i] for i in order]
+                room = torch.full((offset + math.prod(sizes[:3]) * (sizes[3] + pad),), math.nan, device=DEVICE)
+                rows = room.to(tensor.dtype)[offset:].view(*sizes[:3], sizes[3] + pad)[..., : sizes[3]]
+                odd.append(rows.permute(*(order.index(i) for i in range(4))).copy_(tensor))
+            found.append(fault(case, tensors=odd))
+        for which, one in itertools.product(range(3), (0, 1, 2)):
+            expanded = list(tensors)
+            expanded[which] = expanded[which].narrow(one, 0, 1).expand(expanded[which].shape)
+            found.append(fault(case, tensors=expanded))
+    return [words for words in found if words]
+
+
+@part
+def huge():
+    """Logits up to 10³², scores that are infinite, and NaN; with the kernel of any strides alone."""
+    if not STRIDED:
+        return []
+    found = []
+    for config in (cuda_sm80.Config(128, 64, 4), cuda_sm80.Config(16, 64, 1, 4, 2)):
+        case = problem(100, 900, dtype="bf16")
+        for scale in (1e3, 1e6, 1e16):
+            q, k, v = inputs(case)
+            found.append(fault(case, config, tensors=[q * scale, k * scale, v]))
+        for sign in (1, -1):
+            q, k, v = inputs(case)
+            q[..., 0], k[..., 0] = 3e38, sign * 3e38
+            if not prepared(case, q, k, v, config=config)().isnan().all():
+                found.append(f"{config}: infinite scores")
+        q, k, v = inputs(case)
+        q[0, 0, 3, 5] = math.nan
+        rows = prepared(case, q, k, v, config=config)().isnan().all(-1).flatten()
+        if not torch.equal(rows, torch.arange(100, device=DEVICE) == 3):
+            found.append(f"{config}: NaN")
+    return [words for words in found if words]
+
+
+@part
 def refused():
-    """What is no layout of TMA's is refused before anything is launched."""
+    """What a kernel does not take is refused before anything is launched."""
     case = problem(64, 64)
     q, k, v = inputs(case)
     found = []
-    for wrong in (q.mT.contiguous().mT, torch.empty(q.numel() + 1, dtype=q.dtype, device=DEVICE)[1:].view(q.shape)):
+    unaligned = torch.empty(q.numel() + 1, dtype=q.dtype, device=DEVICE)[1:].view(q.shape)
+    for wrong, config in ((q.mT.contiguous().mT, None), (unaligned, Config(64, 64, 4))):
         try:
-            JitFlashCuda().prepare(case, wrong, k, v)
+            JitFlashCuda().prepare(case, wrong, k, v, config=config)
             found.append(f"took strides {wrong.stride()} at {wrong.data_ptr() % 16}")
         except ValueError:
             pass
@@ -278,11 +353,14 @@ def refused():
 
 
 results = {}
-for name, function in PARTS.items():
+for STRIDED, name in itertools.product((False, True), PARTS):
+    if not STRIDED and CAPABILITY != (9, 0):
+        continue
+    key = f"{name}, any strides" if STRIDED else name
     try:
-        results[name] = function()
+        results[key] = PARTS[name]()
     except Exception:
-        results[name] = [traceback.format_exc()]
+        results[key] = [traceback.format_exc()]
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
 print(json.dumps(results))
@@ -290,7 +368,7 @@ print(json.dumps(results))
 
 PARTS = (
     *("lengths", "masks", "head_dims", "grouped_heads", "configurations", "layouts", "extremes", "bits", "streams"),
-    *("threads", "graphs", "large", "refused"),
+    *("threads", "graphs", "large", "odd_layouts", "huge", "refused"),
 )
 
 
@@ -299,7 +377,7 @@ def test_each_part_of_the_script_is_a_test() -> None:
     assert SCRIPT.count("@part\n") == len(PARTS)
 
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 """Asked before the tests' own process hides its GPUs."""
 
 
@@ -313,7 +391,13 @@ def found() -> dict[str, list[str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(not HOPPER, reason="it computes on a Hopper GPU, and torch sees none")
+@pytest.mark.skipif(CAPABILITY != (9, 0), reason="it computes on a Hopper GPU, and torch sees none")
 @pytest.mark.parametrize("part", PARTS)
 def test_against_float64(found: dict[str, list[str]], part: str) -> None:
     assert found[part] == []
+
+
+@pytest.mark.skipif(CAPABILITY < (8, 0), reason="it computes on a GPU from Ampere on, and torch sees none")
+@pytest.mark.parametrize("part", PARTS)
+def test_the_kernel_of_any_strides_against_float64(found: dict[str, list[str]], part: str) -> None:
+    assert found[f"{part}, any strides"] == []

@@ -1,6 +1,7 @@
-"""Owns jit_flash on NVIDIA GPUs: compiles kernels/cuda/flash_attention_sm90.cu for a problem and launches it.
+"""Owns jit_flash on NVIDIA GPUs: compiles a kernel of kernels/cuda/ for a problem and launches it.
 
-Knows nothing of the kernel's insides; its configurations are cuda_config.py's.
+flash_attention_sm90.cu is for Hopper and tensors that TMA takes, flash_attention_sm80.cu for all else. Knows nothing of
+their insides; their configurations are cuda_config.py's and cuda_sm80.py's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from attnbench import jit
 from attnbench.backend import Backend
 from attnbench.problem import DeviceKind, Problem
+from attnbench_plugins.jit_flash import cuda_driver, cuda_sm80
 from attnbench_plugins.jit_flash.cuda_config import (
     CLUSTERS,
     MAX_PARTS,
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ARCH, CAPABILITY = "sm_90a", (9, 0)
-"""Whose instructions the kernel uses (wgmma, TMA); other devices have none or others."""
+"""Whose instructions flash_attention_sm90.cu uses (wgmma, TMA); other devices have none or others."""
+LEAST_CAPABILITY = (8, 0)
+"""Whose instructions flash_attention_sm80.cu uses; later devices have them too."""
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 1 << 29
 """Positions and their differences fit into 32 bits."""
@@ -74,12 +78,35 @@ class Params(ctypes.Structure):
     )
 
 
+class Strided(ctypes.Structure):
+    """Strided in flash_attention_sm80.cu."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row")))
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Strided:
+        return cls(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+class StridedParams(ctypes.Structure):
+    """Params in flash_attention_sm80.cu."""
+
+    _fields_ = (
+        *((name, Strided) for name in ("q", "k", "v")),
+        *((name, ctypes.c_void_p) for name in ("out", "lse")),
+        *((name, Divisor) for name in ("tiles", "groups", "key_groups", "wave", "last_wave")),
+        ("all_groups", ctypes.c_uint32),
+        *((name, ctypes.c_int32) for name in ("seqlen_q", "seqlen_k", "ahead", "behind")),
+        ("scale_log2", ctypes.c_float),
+    )
+
+
 class JitFlashCuda(Backend):
     """Forward attention on fp16 and bf16 tensors whose last dimension is contiguous."""
 
     name = "jit_flash"
     device: DeviceKind = "cuda"
-    summary = "JIT-compiled CUDA flash attention (sm_90a)"
+    summary = "JIT-compiled CUDA flash attention (sm_90a; sm_80 and up)"
 
     @property
     def sources(self) -> Sequence[str]:  # type: ignore[override]
@@ -93,9 +120,9 @@ class JitFlashCuda(Backend):
         import torch
 
         capability = torch.cuda.get_device_capability()
-        if capability != CAPABILITY:
-            needed, there = (".".join(map(str, pair)) for pair in (CAPABILITY, capability))
-            return f"the kernel is for compute capability {needed} (Hopper), and this GPU has {there}"
+        if capability < LEAST_CAPABILITY:
+            needed, there = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
+            return f"the kernels are for compute capability {needed} (Ampere) and up, and this GPU has {there}"
         return jit.missing(_toolchain)
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -121,14 +148,15 @@ class JitFlashCuda(Backend):
         k: Tensor,
         v: Tensor,
         lse: Tensor | None = None,
-        config: Config | None = None,
+        config: Config | cuda_sm80.Config | None = None,
     ) -> Callable[[], Tensor]:
-        """Compile the kernel, encode its tensor maps, allocate the output.
+        """Compile a kernel, encode tensor maps where it takes such, allocate the output.
 
         The output is contiguous and the same tensor at each call, which launches on the current stream. A contiguous
         `lse` of (batch, heads_q, seqlen_q) in fp32 gets log Σ exp(softmax_scale · q · k) of each query, and -inf where
-        it sees no key. `config` is the fastest by a model unless given. Raises ValueError where a tensor is not what
-        the problem says or not laid out as TMA wants it, CompileError and DriverError.
+        it sees no key. `config`, whose class says which kernel, is the fastest by a model unless given. Raises
+        ValueError where a tensor is not what the problem says or not laid out as a given configuration's kernel wants
+        it, CompileError and DriverError.
         """
         import torch
 
@@ -148,8 +176,9 @@ class JitFlashCuda(Backend):
         index = q.device.index
         with torch.cuda.device(index):
             torch.cuda.synchronize()  # which gives this thread the device's context
-            config = config or choose(problem, active_clusters(index))
-            launch = _launch(problem, config, q, k, v, out, lse)
+            config = config or _chosen(problem, q, k, v)
+            make = _launch if isinstance(config, Config) else _launch_strided
+            launch = make(problem, config, q, k, v, out, lse)
         stream_of, current = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
         capturing = torch._C._cuda_isCurrentStreamCapturing
 
@@ -171,6 +200,10 @@ class JitFlashCuda(Backend):
         """The SMs that have a block of it."""
         import torch
 
+        torch.cuda.synchronize()  # which gives this thread the device's context
+        if torch.cuda.get_device_capability() != CAPABILITY:
+            gpu = current_gpu()
+            return int(min(cuda_sm80.units(problem, cuda_sm80.choose(problem, gpu)), gpu.sms))
         clusters = active_clusters(torch.cuda.current_device())
         config = choose(problem, clusters)
         launched = units(problem, config) * config.parts
@@ -190,9 +223,26 @@ def _require(problem: Problem, name: str, tensor: Tensor, dtype: object, device:
         raise ValueError(f"{name} is a negated view: resolve_neg() it")
     if tensor.stride(-1) != 1:
         raise ValueError(f"the last dimension of {name} must be contiguous: its stride is {tensor.stride(-1)}")
-    steps = [step for size, step in zip(tensor.shape[:3], tensor.stride()[:3]) if size > 1]
-    if tensor.data_ptr() % 16 or any(step <= 0 or step % 8 for step in steps):
-        raise ValueError(f"{name} must start, and its rows, heads and batch elements follow, at multiples of 16 bytes")
+
+
+def _chosen(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Config | cuda_sm80.Config:
+    """On the current device. Raises CompileError and DriverError."""
+    import torch
+
+    if torch.cuda.get_device_capability() == CAPABILITY and all(map(_suits_tma, (q, k, v))):
+        return choose(problem, active_clusters(torch.cuda.current_device()))
+    return cuda_sm80.choose(problem, current_gpu())
+
+
+def _places(tensor: Tensor) -> list[int]:
+    """Bytes at multiples of which a tensor's rows begin: its address, and the strides of what there is more of."""
+    steps = [step * tensor.element_size() for size, step in zip(tensor.shape[:3], tensor.stride()[:3]) if size > 1]
+    return [tensor.data_ptr(), *steps]
+
+
+def _suits_tma(tensor: Tensor) -> bool:
+    start, *steps = _places(tensor)
+    return start % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -203,12 +253,14 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 def _launch(
     problem: Problem, config: Config, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
 ) -> Launch:
-    """Raises DriverError."""
+    """Raises DriverError, and ValueError where TMA does not take a tensor."""
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        if not _suits_tma(tensor):
+            where = "at multiples of 16 bytes"
+            raise ValueError(f"{name} must start, and its rows, heads and batch elements follow, {where}")
     bf16 = problem.dtype == "bf16"
     heads = packed_heads(problem, config.rows)
     queries, groups = config.rows // heads, problem.heads_q // heads
-    tiles, all_groups = -(-problem.seqlen_q // queries), problem.batch * groups
-    wave = min(CAUSAL_WAVE, all_groups) if problem.causal else 1
     batch_stride, head_stride, row_stride, _ = _strides(q)
     q_shape = (problem.batch, groups, problem.seqlen_q, heads, problem.head_dim)
     q_strides = (batch_stride, head_stride * heads, row_stride, head_stride, 1)
@@ -216,24 +268,7 @@ def _launch(
     for tensor in (k, v):
         box = (1, 1, config.keys, 64)
         maps.append(tensor_map(tensor.data_ptr(), tensor.shape, _strides(tensor), box, bf16=bf16))
-    far = problem.seqlen_q + problem.seqlen_k
-    window = far if problem.window is None else min(problem.window, far)
-    params = Params(
-        out=out.data_ptr(),
-        lse=None if lse is None else lse.data_ptr(),
-        tiles=Divisor.of(tiles),
-        groups=Divisor.of(groups),
-        key_groups=Divisor.of(groups // problem.heads_kv),
-        wave=Divisor.of(wave),
-        last_wave=Divisor.of(all_groups % wave or wave),
-        all_groups=all_groups,
-        seqlen_q=problem.seqlen_q,
-        seqlen_k=problem.seqlen_k,
-        head_dim_v=problem.head_dim_v,
-        ahead=1 if problem.causal else window,
-        behind=window - 1,
-        scale_log2=problem.softmax_scale * LOG2_E,
-    )
+    params = Params(**_fields(problem, config.rows, out, lse), head_dim_v=problem.head_dim_v)
     shared_bytes = config.shared_bytes(problem.head_dim, problem.head_dim_v)
     if shared_bytes is None:
         raise ValueError(f"{config} takes more shared memory than there is")
@@ -289,6 +324,58 @@ class _Workspaces:
         return counters.data_ptr(), None, None
 
 
+def _launch_strided(
+    problem: Problem, config: cuda_sm80.Config, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
+) -> Launch:
+    """Raises DriverError."""
+    import torch
+
+    copy = cuda_sm80.copy_bytes(place for tensor in (q, k, v) for place in _places(tensor))
+    shared_bytes = config.shared_bytes(problem.head_dim, problem.head_dim_v)
+    path = strided_cubin(problem, config, copy, "sm_{}{}".format(*torch.cuda.get_device_capability()))
+    params = strided_params(problem, config, q, k, v, out, lse)
+    return Launch(
+        _kernel(path, "flash_attention", shared_bytes, 1, q.device.index),
+        blocks=cuda_sm80.units(problem, config),
+        threads=config.threads,
+        shared_bytes=shared_bytes,
+        arguments=lambda: (params,),
+    )
+
+
+def strided_params(
+    problem: Problem, config: cuda_sm80.Config, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
+) -> StridedParams:
+    """What flash_attention_sm80.cu is launched with."""
+    tensors = {name: Strided.of(tensor) for name, tensor in {"q": q, "k": k, "v": v}.items()}
+    return StridedParams(**tensors, **_fields(problem, config.rows, out, lse))
+
+
+def _fields(problem: Problem, rows: int, out: Tensor, lse: Tensor | None) -> dict[str, object]:
+    """Fields that both kernels' parameters have."""
+    heads = packed_heads(problem, rows)
+    groups = problem.heads_q // heads
+    all_groups = problem.batch * groups
+    wave = min(CAUSAL_WAVE, all_groups) if problem.causal else 1
+    far = problem.seqlen_q + problem.seqlen_k
+    window = far if problem.window is None else min(problem.window, far)
+    return {
+        "out": out.data_ptr(),
+        "lse": None if lse is None else lse.data_ptr(),
+        "tiles": Divisor.of(-(-problem.seqlen_q // (rows // heads))),
+        "groups": Divisor.of(groups),
+        "key_groups": Divisor.of(groups // problem.heads_kv),
+        "wave": Divisor.of(wave),
+        "last_wave": Divisor.of(all_groups % wave or wave),
+        "all_groups": all_groups,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "ahead": 1 if problem.causal else window,
+        "behind": window - 1,
+        "scale_log2": problem.softmax_scale * LOG2_E,
+    }
+
+
 def macros(problem: Problem, config: Config) -> dict[str, int]:
     """What the source is compiled with; its head says what they mean."""
     return {
@@ -315,21 +402,27 @@ def cubin(problem: Problem, config: Config) -> Path:
     )
 
 
-def _compiled(source: str, flags: Sequence[str] = ()) -> Path:
+def strided_cubin(problem: Problem, config: cuda_sm80.Config, copy: int, arch: str) -> Path:
+    """The kernel of any strides, for devices of `arch`. Raises CompileError."""
+    flags = [f"-D{name}={value}" for name, value in cuda_sm80.macros(problem, config, copy).items()]
+    return _compiled("flash_attention_sm80.cu", flags, arch)
+
+
+def _compiled(source: str, flags: Sequence[str] = (), arch: str = ARCH) -> Path:
     with as_file(files("attnbench_kernels") / "cuda") as folder:
-        return jit.compile(folder / source, toolchain=_toolchain(), flags=flags).path
+        return jit.compile(folder / source, toolchain=_toolchain(arch), flags=flags).path
 
 
-def _toolchain() -> jit.Toolchain:
+def _toolchain(arch: str = ARCH) -> jit.Toolchain:
     """NVRTC, which compiles the kernel in half of nvcc's time and comes with torch; else nvcc.
 
     Raises ToolchainMissing, with what to install, where there is neither.
     """
     try:
-        return jit.nvrtc_toolchain(ARCH)
+        return jit.nvrtc_toolchain(arch)
     except jit.ToolchainMissing as error:
         with contextlib.suppress(jit.ToolchainMissing):
-            return jit.cuda_toolchain(ARCH, cubin=True)
+            return jit.cuda_toolchain(arch, cubin=True)
         raise error
 
 
@@ -341,6 +434,12 @@ def _kernel(path: Path, function: str, shared_bytes: int, cluster: int, device: 
     return kernel
 
 
+def current_gpu() -> cuda_sm80.Gpu:
+    """The current context's. Raises DriverError."""
+    names = cuda_driver.SM_COUNT, cuda_driver.SHARED_BYTES_OF_BLOCK, cuda_driver.SHARED_BYTES_OF_SM
+    return cuda_sm80.Gpu(*map(cuda_driver.attribute, names))
+
+
 @lru_cache
 def active_clusters(device: int) -> Mapping[int, int]:
     """How many clusters of each size the device runs at once, with one block on an SM: its SMs come in groups of
@@ -349,9 +448,11 @@ def active_clusters(device: int) -> Mapping[int, int]:
 
     torch.cuda.synchronize(device)  # which gives this thread the device's context
     kernel = _kernel(_compiled("occupancy.cu"), "empty", SHARED_BYTES, CLUSTERS[-1], device)
-    return {
+    alone = {1: cuda_driver.attribute(cuda_driver.SM_COUNT)}
+    return alone | {
         size: kernel.active_clusters(
             Launch(kernel, blocks=size, threads=128, cluster=size, shared_bytes=SHARED_BYTES, arguments=tuple)
         )
         for size in CLUSTERS
+        if size > 1
     }

@@ -22,6 +22,8 @@ _SWIZZLE_128B = 3
 _NO_CONTEXT = 201
 _CAPTURING = 1
 _L2_PROMOTION_256B = 3
+SM_COUNT, SHARED_BYTES_OF_SM, SHARED_BYTES_OF_BLOCK = 16, 81, 97
+"""What `attribute` tells of a device; of a block, as much as it may ask for."""
 PORTABLE_CLUSTER = 8
 """Blocks that a cluster may have on every device that has clusters."""
 
@@ -78,6 +80,14 @@ def _words(status: int) -> str:
     return known.decode() if known else f"error {status}"
 
 
+def attribute(what: int) -> int:
+    """A number of the current context's device. Raises DriverError."""
+    device, value = ctypes.c_int(), ctypes.c_int()
+    _call("cuCtxGetDevice", ctypes.byref(device))
+    _call("cuDeviceGetAttribute", ctypes.byref(value), what, device)
+    return value.value
+
+
 class Kernel:
     """One function of a cubin, loaded into the current context."""
 
@@ -120,15 +130,18 @@ class Launch:
         wait for each other, since either all of them run or none.
         """
         self._handle, self._arguments = kernel.handle, arguments
-        self._attributes = (_Attribute * 2)(
-            _Attribute(id=_CLUSTER_DIMENSION, value=(cluster, 1, 1)), _Attribute(id=_COOPERATIVE, value=(1,))
-        )
+        attributes = []
+        if cluster > 1:  # a device that has no clusters knows no attribute of theirs
+            attributes.append(_Attribute(id=_CLUSTER_DIMENSION, value=(cluster, 1, 1)))
+        if cooperative:
+            attributes.append(_Attribute(id=_COOPERATIVE, value=(1,)))
+        self._attributes = (_Attribute * len(attributes))(*attributes)
         self.config = _LaunchConfig(
             grid=(blocks, 1, 1),
             block=(threads, 1, 1),
             shared_bytes=shared_bytes,
             attributes=self._attributes,
-            attribute_count=1 + cooperative,
+            attribute_count=len(attributes),
         )
         self._launch = _driver().cuLaunchKernelEx
         self._ready: dict[tuple[int, int] | int, tuple[Any, ...]] = {}
