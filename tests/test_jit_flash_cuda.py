@@ -6,8 +6,10 @@ What the kernel computes is in test_jit_flash_gpu.py, which takes a GPU.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,7 @@ from attnbench_plugins.jit_flash.cuda_config import Config, choose, configs, pac
 from attnbench_plugins.jit_flash.cuda_sm80 import Gpu
 
 ROOT = Path(__file__).parents[1]
-H100 = {1: 132, 2: 66, 3: 43, 4: 31, 6: 20, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
+H100 = {1: 132, 2: 66, 3: 39, 4: 30, 6: 17, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
 """Clusters that an H100 runs at once, by their size (benchmarks/cuda_configs.py)."""
 GPUS = {
     "A100": Gpu(sms=108, block_bytes=166_912, sm_bytes=167_936),
@@ -57,22 +59,48 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.case_id)
 def test_a_configuration_is_chosen_that_a_block_has_room_for(case: Problem) -> None:
     config = choose(case, H100)
-    assert config in set(configs(case))
+    assert config in set(configs(case, H100))
     assert config.shared_bytes(case.head_dim, case.head_dim_v) <= cuda_config.SHARED_BYTES
-    assert config.cluster * config.keys < case.seqlen_k + config.keys  # no block without keys of its own
+    consumers = config.parts * config.shared_rows
+    assert consumers * config.keys < case.seqlen_k + config.keys or consumers == 1  # none without keys of its own
     assert config.columns(case.head_dim_v) * config.split_v >= case.head_dim_v
     assert config.columns(case.head_dim_v) * (config.split_v - 1) < case.head_dim_v
     assert math.isfinite(predicted_us(case, config, H100))
 
 
 def test_a_device_without_large_clusters_gets_none() -> None:
-    assert choose(problem(128, 8192), H100).cluster > 8
-    assert choose(problem(128, 8192), {1: 132, 2: 60}).cluster == 2
-    assert choose(problem(128, 8192), {1: 132, 2: 0}).cluster == 1
+    assert choose(problem(128, 4096), H100).cluster > 8
+    assert choose(problem(128, 4096), {1: 132, 2: 60}).cluster <= 2
+    assert choose(problem(128, 4096), {1: 132, 2: 0}).cluster == 1
+
+
+def test_keys_are_split_over_all_sms_where_they_are_worth_it() -> None:
+    for case in (problem(2048, 8192), problem(512, 8192), problem(1, 131_072, heads_q=32, heads_kv=8)):
+        config = choose(case, H100)
+        assert config.meets_in_memory
+        assert 120 <= units(case, config) * config.parts <= 132
+
+
+def test_all_that_meet_in_memory_can_run_at_once() -> None:
+    for case, processors in itertools.product(CASES, (132, 114, 78)):
+        for config in configs(case, {1: processors}):
+            assert not config.meets_in_memory or units(case, config) * config.parts <= processors
+            assert config.parts <= (32 if config.meets_in_memory else 16)
+    small = {1: 100}
+    assert predicted_us(problem(128, 8192), Config(64, 64, 4, 32, 2, clustered=False), small) == math.inf
 
 
 def test_much_work_is_not_split() -> None:
-    assert choose(problem(8192, 8192, heads_q=32), H100) == Config(128, 128, 2)
+    assert choose(problem(8192, 8192, heads_q=32), H100) == Config(128, 176, 2, persistent=True)
+    assert choose(problem(8192, 8192, heads_q=32, causal=True), H100) == Config(128, 128, 2)
+    assert choose(problem(128, 8192, heads_q=4096), H100).parts == 1
+
+
+def test_what_a_tile_sees_is_looked_at_in_few_of_many_tiles() -> None:
+    case = problem(1 << 20, 1 << 20, causal=True)
+    found = cuda_config._key_blocks(case, Config(128, 128, 2))
+    assert len(found) <= cuda_config.MOST_TILES
+    assert max(found) == (1 << 20) // 128  # of the last
 
 
 @given(rows=st.sampled_from((64, 128)), group=st.integers(1, 200), seqlen_q=st.integers(1, 300))
@@ -179,7 +207,8 @@ class FakeDriver:
 
     def _cuLaunchKernelEx(self, config, function, arguments, extra):
         config = config._obj
-        attribute = config.attributes[0] if config.attribute_count else SimpleNamespace(id=None, value=[])
+        attributes = [config.attributes[i] for i in range(config.attribute_count)]
+        attribute = attributes[0] if attributes else SimpleNamespace(id=None, value=[])
         params = Params.from_address(arguments[3]) if len(arguments) == 4 else StridedParams.from_address(arguments[0])
         self.launches.append(
             SimpleNamespace(
@@ -189,7 +218,9 @@ class FakeDriver:
                 stream=config.stream,
                 attribute=attribute.id,
                 cluster=list(attribute.value)[:3],
+                attributes={attribute.id for attribute in attributes},
                 params=params,
+                arguments=arguments,
             )
         )
 
@@ -224,7 +255,7 @@ def launched(driver: FakeDriver, case: Problem, config: Config, *tensors: torch.
 
 def test_the_launch_of_a_split_problem(driver: FakeDriver) -> None:
     case = problem(200, 1000, batch=2, heads_q=6, heads_kv=3, head_dim=72, head_dim_v=136)
-    config = Config(64, 128, 2, cluster=8, split_v=3)
+    config = Config(64, 128, 2, parts=8, split_v=3)
     made = launched(driver, case, config)
     q, k, v, out = made.kept
     assert made.grid == [2 * 6 * 4 * 3 * 8, 1, 1]
@@ -254,7 +285,7 @@ def test_the_launch_of_a_split_problem(driver: FakeDriver) -> None:
 
 def test_heads_of_few_queries_share_a_tile(driver: FakeDriver) -> None:
     case = problem(3, 500, batch=2, heads_q=12, heads_kv=2)
-    made = launched(driver, case, Config(64, 64, 4, cluster=2))
+    made = launched(driver, case, Config(64, 64, 4, parts=2))
     assert made.grid == [2 * 2 * 1 * 2, 1, 1]  # 10 queries of 6 heads fit into 64 rows
     assert driver.maps[0].sizes == [128, 6, 3, 2, 2]
     assert driver.maps[0].box == [64, 6, 10, 1, 1]
@@ -298,8 +329,59 @@ def test_a_call_of_the_driver_that_fails_is_named(driver: FakeDriver) -> None:
 
 
 def test_clusters_above_eight_are_asked_for(driver: FakeDriver) -> None:
-    launched(driver, problem(64, 4096), Config(64, 64, 4, cluster=9))
+    launched(driver, problem(64, 4096), Config(64, 64, 4, parts=9))
     assert (14, 1) in driver.attributes
+
+
+def test_blocks_that_wait_for_each_other_are_launched_together(driver: FakeDriver) -> None:
+    """And what they meet in belongs to one stream, or to one capture of it."""
+    case, config = problem(200, 4096), Config(64, 128, 2, parts=8, clustered=False)
+    made = launched(driver, case, config)
+    assert made.grid == [4 * 8, 1, 1]
+    assert made.attributes == {2}  # cooperative, and no cluster
+    for stream, capture in ((0xABC, 0), (0xDEF, 0), (0xABC, 1), (0xABC, 2), (0xABC, 1)):
+        made.launch(stream, capture)
+    params = [launch.params for launch in driver.launches]
+    places = [(p.arrived, p.parts) for p in params]
+    assert places[1] == places[0]
+    assert places[5] == places[3]
+    assert len(set(places)) == len({place for pair in places for place in pair}) / 2 == 4
+    assert all(p.taken is None for p in params)
+    bytes_of_all = 4 * 8 * config.part_bytes(128)
+    spans = sorted(place for _, place in set(places))
+    assert all(later - earlier >= bytes_of_all for earlier, later in itertools.pairwise(spans))
+    counts = [ctypes.cast(arrived, ctypes.POINTER(ctypes.c_uint32))[: 4 * 32] for arrived, _ in set(places)]
+    assert counts == [[0] * 4 * 32] * 4
+
+
+def test_blocks_that_take_tiles_count_them(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "active_clusters", lambda device: H100)
+    case = problem(2048, 2048, heads_q=16)
+    made = launched(driver, case, Config(128, 176, 2, persistent=True))
+    assert made.grid == [132, 1, 1]
+    assert made.attributes == set()
+    assert (made.params.tiles_in_all, made.params.parts, made.params.arrived) == (16 * 16, None, None)
+    assert ctypes.cast(made.params.taken, ctypes.POINTER(ctypes.c_uint64))[0] == 0
+    driver.launches.clear()
+    small = launched(driver, problem(2048, 2048), Config(128, 176, 2, persistent=True))
+    assert small.grid == [16, 1, 1]
+
+
+def test_more_captures_than_counters_in_stock(driver: FakeDriver) -> None:
+    made = launched(driver, problem(64, 4096), Config(64, 64, 4, parts=2, clustered=False))
+    for capture in range(1, cuda._Workspaces.STOCK + 5):
+        made.launch(0xABC, capture)
+    places = {launch.params.arrived for launch in driver.launches}
+    assert len(places) == cuda._Workspaces.STOCK + 5
+    assert all(ctypes.cast(place, ctypes.POINTER(ctypes.c_uint32))[:32] == [0] * 32 for place in places)
+
+
+def test_a_capture_is_known_by_its_number(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def info(self, stream, status, number, *rest):
+        status._obj.value, number._obj.value = (1, 77) if stream.value == 5 else (0, 99)
+
+    monkeypatch.setattr(FakeDriver, "_cuStreamGetCaptureInfo_v2", info, raising=False)
+    assert (cuda_driver.capture_of(5), cuda_driver.capture_of(6)) == (77, 0)
 
 
 def test_the_launch_of_tensors_of_any_strides(driver: FakeDriver) -> None:
@@ -520,6 +602,12 @@ VARIANTS = [
     (problem(128, 1024), Config(64, 128, 2, 8, 2)),
     (problem(128, 1024), Config(128, 128, 2, 1)),
     (problem(2048, 8192, causal=True), Config(128, 128, 2, 6)),  # received over Q and the ring
+    (problem(2048, 8192), Config(128, 128, 3, 8, clustered=False)),
+    (problem(1024, 8192, causal=True), Config(64, 64, 4, 8, 1, 2, clustered=False)),
+    (problem(512, 2048, dtype="bf16"), Config(64, 128, 2, 3, 1, 2)),
+    (problem(128, 8192), Config(64, 64, 4, 31, 2, clustered=False)),
+    (problem(8192, 8192, heads_q=32), Config(128, 176, 2, persistent=True)),
+    (problem(8192, 8192, heads_q=32, head_dim=64, dtype="bf16"), Config(128, 176, 4, persistent=True)),
     (problem(64, 64, head_dim=256, dtype="bf16"), Config(128, 64, 2, 1)),
     (problem(64, 640, head_dim=192, head_dim_v=128, window=9), Config(64, 64, 3, 7)),
     (problem(3, 640, head_dim=64, heads_q=5, heads_kv=1, dtype="bf16"), Config(64, 128, 3, 3)),
@@ -562,24 +650,26 @@ def test_the_kernel_and_the_plugin_agree_on_shared_memory() -> None:
     """The kernel refuses to compile where what it lays out does not fit; the plugin must not ask for such a thing."""
     case = problem(128, 8192, head_dim=256)
     too_large = next(
-        config
-        for config in (Config(128, 64, 2, cluster) for cluster in (2, 16))
-        if config.shared_bytes(256, 256) is None
+        config for config in (Config(128, 64, 2, parts) for parts in (2, 16)) if config.shared_bytes(256, 256) is None
     )
     with pytest.raises(jit.CompileError, match="no room for the parts"):
         cubin(case, too_large, jit.nvrtc_toolchain("sm_90a"))
 
 
 @pytest.mark.skipif(jit.missing(lambda: jit.cuda_toolchain("sm_90a")) is not None, reason="no nvcc")
-def test_nvcc_compiles_it_too_and_without_a_warning(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "config"), VARIANTS, ids=lambda value: getattr(value, "case_id", str(value)))
+def test_nvcc_compiles_it_without_a_warning_a_spill_or_products_one_after_the_other(
+    case: Problem, config: Config, tmp_path: Path
+) -> None:
     tools = jit.cuda_toolchain("sm_90a", cubin=True)
-    case, config = VARIANTS[0]
     flags = [f"-D{name}={value}" for name, value in cuda.macros(case, config).items()]
     source = ROOT / "kernels" / "cuda" / "flash_attention_sm90.cu"
-    tools.run(
-        str(source), "out.cubin", cwd=tmp_path, include=(), flags=["-Werror", "all-warnings", *flags], timeout_s=120
-    )
-    assert (tmp_path / "out.cubin").read_bytes().startswith(b"\x7fELF")
+    command = [tools.compiler, *tools.flags, "-Werror", "all-warnings", "-Xptxas", "-v", *flags, source, "-o", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "0 bytes spill stores, 0 bytes spill loads" in said
+    assert "C75" not in said  # of wgmma that waits for itself
 
 
 @pytest.mark.skipif(jit.missing(lambda: jit.cuda_toolchain("sm_80")) is not None, reason="no nvcc")

@@ -19,10 +19,10 @@
 //     every block     adds its 1/PARTS of the tile over all parts, in the order of the parts, and writes it
 //
 // So the sum runs in parallel, in one launch, and gives the same bits every time. There are two places to meet. Where
-// CLUSTERED, the parts are a cluster, and bulk copies that count bytes on the receiver's barrier take each part's share to
-// whoever adds it up: the shortest way, but a cluster lies in one group of SMs, and groups that it does not fill leave
-// SMs idle. Else the parts meet in global memory, which stays in L2, and count their arrivals there: all SMs can take
-// part, in a cooperative launch, as blocks wait for each other.
+// CLUSTERED, the parts are a cluster, and bulk copies that count bytes on the receiver's barrier take each slice of a
+// part to whoever adds it up: the shortest way, but a cluster lies in one group of SMs, and groups that it does not fill
+// leave SMs idle. Else the parts meet in global memory, which stays in L2, and tell there that they have arrived: all SMs
+// can take part, in a cooperative launch, as blocks wait for each other.
 //
 // A part is made of chunks: 8 columns of the 16 rows of a warp, 32 lanes × 4 floats, in 3 words each. Chunk
 // c + DV/8 · w has columns 8c … 8c + 7 of rows 16w … 16w + 15.
@@ -32,10 +32,11 @@
 //     Q        D/64 boxes of ROWS × 128 bytes
 //     ring     STAGES × (K: D/64 boxes of KEYS × 128 bytes, V: DV/64 of them)
 //     merged   where SHARED_ROWS is 2, O, m and l of consumer 1, thread by thread
-//     received where CLUSTERED, the block's slice of each part: chunks, then m and l of their rows. Where there is no room
-//              for it apart (see APART), it lies over Q and the ring, which then must have been read by the whole cluster
-//              before anybody sends
-//     staged   where CLUSTERED, this block's part, slice by slice, over the ring or, where received is not apart, behind it
+//     received where CLUSTERED, the block's slice of each part: chunks, then m and l of their rows. Where there is no
+//              room for it apart (see APART), it lies over Q and the ring, which then must have been read by the whole
+//              cluster before anybody sends
+//     staged   where CLUSTERED, this block's part, slice by slice, over the ring or, where received is not apart,
+//              behind it
 //     barriers q_full, q_empty, all_received, k_full, k_empty, v_full, v_empty [STAGES]; the next tile's number
 //
 // The source compiles for one configuration, given as macros:
@@ -52,6 +53,7 @@
 //     PERSISTENT 1: blocks take tiles until there are no more; PARTS and SHARED_ROWS are 1 then
 //     PACK    query heads of a tile; a divisor of those that share a key head
 //     MASKED  1: causal or window
+//     SHARED_BYTES  of a block, that it is launched with
 // No header is included, so that NVRTC compiles it without a CUDA toolkit.
 
 using u32 = unsigned int;
@@ -59,7 +61,9 @@ using u64 = unsigned long long;
 using i64 = long long;
 
 #define MINUS_INFINITY __int_as_float(0xFF800000)
+#define NOT_A_NUMBER __int_as_float(0x7FC00000)
 
+constexpr float LARGEST = 1 << 28;  // scaled score
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = ROWS / 64 * SHARED_ROWS;
 constexpr int CONSUMER_THREADS = CONSUMERS * WARPGROUP;
@@ -81,7 +85,8 @@ constexpr u32 PART_BYTES = TILE_CHUNKS * CHUNK_BYTES + ROWS / 16 * STATE_BYTES;
 // A block of a cluster adds up a slice: chunks slice_first(block) to below slice_first(block + 1).
 __host__ __device__ constexpr int slice_first(int block) { return TILE_CHUNKS * block / PARTS; }
 __host__ __device__ constexpr int slice_of(int chunk) { return ((chunk + 1) * PARTS - 1) / TILE_CHUNKS; }
-__host__ __device__ constexpr int slice_warp(int block) { return slice_first(block) / CHUNKS; }  // the first whose rows are in it
+// The first whose rows are in it.
+__host__ __device__ constexpr int slice_warp(int block) { return slice_first(block) / CHUNKS; }
 __host__ __device__ constexpr int most_warps_of_a_slice() {
     int most = 0;
     for (int block = 0; block < PARTS; ++block) {
@@ -96,6 +101,7 @@ constexpr bool IN_CLUSTER = CLUSTERED && PARTS > 1;
 constexpr u32 SLICES_BYTES = IN_CLUSTER ? PARTS * SLICE_BYTES : 0;
 constexpr bool APART =
     Q_BYTES + RING_BYTES + MERGED_BYTES + SLICES_BYTES + BARRIER_BYTES <= 227 * 1024;  // of a block on sm_90
+static_assert(Q_BYTES + RING_BYTES + MERGED_BYTES + (APART ? SLICES_BYTES : 0) + BARRIER_BYTES <= SHARED_BYTES, "room");
 constexpr int MAX_PARTS = 32;  // that meet in memory: a warp asks for them at once
 static_assert(CLUSTERED ? PARTS <= 16 : PARTS <= MAX_PARTS, "parts of a tile");
 static_assert(SHARED_ROWS == 1 || (ROWS == 64 && STAGES % 2 == 0), "a stage belongs to one of two consumers");
@@ -310,7 +316,7 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Keeps the compiler from reading accumulators before the products that are waited for: it would have to serialise them.
+// Keeps the compiler from reading accumulators before the products that are waited for, which it would serialise then.
 template <int N>
 __device__ __forceinline__ void settle(float (&d)[N]) {
 #pragma unroll
@@ -544,8 +550,9 @@ struct Producer {
 // What one consumer knows of its 64 rows. A thread holds two of them, 8 apart (the layout of wgmma's accumulators):
 // o[4c + 2h + e] is row 16·warp + lane/4 + 8h, column 8c + 2·(lane%4) + e, and the same for scores.
 struct Softmax {
-    // What is subtracted: the greatest score so far times log2(e). As it is rounded once and then used for all that is
-    // summed up, rounding it costs nothing, however large it is.
+    // What is subtracted: the greatest score so far times log2(e). It is rounded once and then used for all that is
+    // summed up, so that rounding it costs nothing up to LARGEST, where weights are off by a factor of 2⁸ at most, all
+    // alike.
     float shift[2] = {MINUS_INFINITY, MINUS_INFINITY};
     float sum[2] = {0, 0};  // of this thread's columns
 
@@ -580,13 +587,16 @@ struct Softmax {
         for (int h = 0; h < 2; ++h) {
             sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 1);
             sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 2);
+            if (fabsf(shift[h]) > LARGEST && shift[h] != MINUS_INFINITY) sum[h] = NOT_A_NUMBER;  // and not a wrong one
         }
     }
 
     // A row that has seen no key has a shift of -inf, and weights of zero.
     __device__ static __forceinline__ float finite_shift(float shift) { return shift == MINUS_INFINITY ? 0.0f : shift; }
 
-    __device__ static __forceinline__ float inverse(float sum) { return sum == 0 ? 0.0f : inverse_approx(sum); }
+    __device__ static __forceinline__ float inverse(float sum, bool blind) {
+        return sum != 0 ? inverse_approx(sum) : blind ? 0.0f : NOT_A_NUMBER;  // of scores that are all -inf
+    }
 
     __device__ static __forceinline__ float log_sum(float shift, float sum) {
         constexpr float LN2 = 0.693147180559945309f;
@@ -647,8 +657,8 @@ __device__ __forceinline__ void pack_all(const float (&s)[KEYS / 2], u32 (&weigh
     for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1]);
 }
 
-// The consumer's rows on the block's key blocks, or on every other one. `turn` is the tile's number among those that the
-// block works on, `before` the key blocks of the earlier ones.
+// The consumer's rows on the block's key blocks, or on every other one. `turn` is the tile's number among those that
+// the block works on, `before` the key blocks of the earlier ones.
 __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const Shared& shared, int consumer,
                                        int thread, int turn, int before, float (&o)[DV / 2], Softmax& softmax) {
     const int first_row = 64 * (consumer / SHARED_ROWS), lane = thread % 32;
@@ -745,13 +755,14 @@ __device__ __forceinline__ void merge(const Shared& shared, int consumer, int th
 
 struct Row {
     i64 index;  // of (batch, heads_q, seqlen_q)
-    bool valid;
+    bool valid, blind;  // there is such a row, and it sees no key
 };
 
 __device__ __forceinline__ Row out_row(const Params& p, const Tile& tile, u32 row) {
-    const int query = tile.query + int(row / PACK);
+    const int query = tile.query + int(row / PACK), position = query + p.seqlen_k - p.seqlen_q;
     const u32 head = (tile.batch * p.groups.value + tile.group) * PACK + row % PACK;
-    return {i64(head) * p.seqlen_q + query, row < QUERIES * PACK && query < p.seqlen_q};
+    return {i64(head) * p.seqlen_q + query, row < QUERIES * PACK && query < p.seqlen_q,
+            MASKED && low_key(p, position) >= high_key(p, position)};
 }
 
 // Four words of each of four lanes next to each other: word i of lane j becomes word j of lane i.
@@ -781,12 +792,15 @@ __device__ __forceinline__ void write_rows(const Params& p, const Tile& tile, in
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const Row place = out_row(p, tile, 64 * consumer + thread / 32 * 16 + lane / 4 + 8 * h);
-        const float inverse = Softmax::inverse(softmax.sum[h]);
+        const float inverse = Softmax::inverse(softmax.sum[h], place.blind);
 #pragma unroll
         for (int c = 0; c < CHUNKS; c += 4) {
             u32 w[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) w[i] = pack(o[4 * (c + i) + 2 * h] * inverse, o[4 * (c + i) + 2 * h + 1] * inverse);
+            for (int i = 0; i < 4; ++i) {
+                const int at = 4 * (c + i) + 2 * h;
+                w[i] = pack(o[at] * inverse, o[at + 1] * inverse);
+            }
             transpose(w, lane);
             const int column = tile.column + 8 * (c + lane % 4);
             if (place.valid && column < p.head_dim_v) {
@@ -828,7 +842,8 @@ struct PartInMemory {
         *reinterpret_cast<u32*>(base + chunk * CHUNK_BYTES + at) = word;
     }
     __device__ __forceinline__ void store_state(int warp, int lane, int row, float2 state) const {
-        if (lane % 4 == 0) *reinterpret_cast<float2*>(base + TILE_CHUNKS * CHUNK_BYTES + warp * STATE_BYTES + row * 8) = state;
+        unsigned char* const states = base + TILE_CHUNKS * CHUNK_BYTES;
+        if (lane % 4 == 0) *reinterpret_cast<float2*>(states + warp * STATE_BYTES + row * 8) = state;
     }
 };
 
@@ -904,17 +919,18 @@ struct Sum {
         for (int h = 0; h < 2; ++h) {
             const Row place = out_row(p, tile, chunk / CHUNKS * 16 + lane / 4 + 8 * h);
             if (!place.valid) continue;
-            const float inverse = Softmax::inverse(sum[h]);
+            const float inverse = Softmax::inverse(sum[h], place.blind);
             if (column < p.head_dim_v) {
-                out[(place.index * p.head_dim_v + column) / 2] = pack(total[2 * h] * inverse, total[2 * h + 1] * inverse);
+                const u32 both = pack(total[2 * h] * inverse, total[2 * h + 1] * inverse);
+                out[(place.index * p.head_dim_v + column) / 2] = both;
             }
             if (p.lse && column == 0) p.lse[place.index] = Softmax::log_sum(shift[h], sum[h]);
         }
     }
 };
 
-// Adds up a slice and writes it. `parts` tells which there are, a bit for each, and gives a lane's word of a part's chunk
-// and a row's state.
+// Adds up a slice and writes it. `parts` tells which there are, a bit for each, and gives a lane's word of a part's
+// chunk, and a row's state.
 template <class Parts>
 __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, const Slice& slice, int thread,
                                           const Parts& parts) {
@@ -1058,7 +1074,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (IN_CLUSTER && APART) cluster_arrive();  // nobody sends before all barriers are there
 
     if (warpgroup == 0) {
-        if (CONSUMERS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (CONSUMERS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
         if (thread == 0) {
             producer.go_on(tile);
             if (PERSISTENT) producer.take_more();
@@ -1069,7 +1085,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             cluster_wait(), cluster_arrive(), cluster_wait();
         }
     } else {
-        if (CONSUMERS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        if (CONSUMERS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         const int consumer = warpgroup - 1;
         const bool has_rows = SHARED_ROWS == 1 || consumer == 0;
         for (int turn = 0, before = 0;; ++turn) {
@@ -1086,7 +1102,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
                 if (!APART) cluster_arrive();  // nobody sends before all have read Q and the ring
                 cluster_wait();
-                if (APART && SHARED_ROWS == 1 && CONSUMERS > 1) sync_threads(1, CONSUMER_THREADS);  // both have read the ring
+                // Both consumers have read the ring.
+                if (APART && SHARED_ROWS == 1 && CONSUMERS > 1) sync_threads(1, CONSUMER_THREADS);
                 if (has_rows) {
                     store_part(consumer, thread, o, softmax, StagedPart{shared.staged});
                     fence_async();

@@ -392,6 +392,7 @@ def macros(problem: Problem, config: Config) -> dict[str, int]:
         "CLUSTERED": int(config.clustered),
         "PERSISTENT": int(config.persistent),
         "PACK": packed_heads(problem, config.rows),
+        "SHARED_BYTES": config.shared_bytes(problem.head_dim, problem.head_dim_v) or SHARED_BYTES,
     }
 
 
