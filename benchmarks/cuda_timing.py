@@ -16,6 +16,7 @@ import io
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 LEAST_US = 10.0
 LIMIT = 0.03
-WARM_UP, CALLS = 200, 30
+WARM_UP, CALLS, PAUSE_S = 200, 30, 0.01
 """ncu looks at the calls after the warm-up, which has brought the clocks up."""
 METRIC, RANGE = "gpu__time_duration.sum", "timed"
 TO_US = {"nsecond": 1e-3, "ns": 1e-3, "usecond": 1.0, "us": 1.0, "msecond": 1e3, "ms": 1e3, "second": 1e6, "s": 1e6}
@@ -114,16 +115,23 @@ def profile(ncu: str, name: str) -> Profile:
 
 
 def graph_us(name: str) -> float:
-    """The median of three times as many calls as are profiled."""
+    """The median of as many replays of one call as are profiled, with a pause before each.
+
+    ncu, too, has the GPU idle between kernels: without, a GPU at its power limit would run at other clocks.
+    """
     from attnbench.devices.cuda import CudaDevice
 
     device, call = CudaDevice(), call_of(name)
     device.time_calls(call, WARM_UP, cold=False)
-    timing = device.time_calls(call, 3 * CALLS, cold=False)
-    if timing.fallback:
-        raise ValueError(timing.fallback)
+    times = []
+    for _ in range(CALLS):
+        time.sleep(PAUSE_S)
+        timing = device.time_calls(call, 1, cold=False)
+        if timing.fallback:
+            raise ValueError(timing.fallback)
+        times += timing.times_us
     device.forget(call)
-    return statistics.median(timing.times_us)
+    return statistics.median(times)
 
 
 def table_of(found: Iterable[tuple[str, float, Profile]]) -> Table:

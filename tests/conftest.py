@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import Answer, BareVenv, PluginFolder
 
 OUTSIDE_SETTINGS = (
@@ -24,6 +25,7 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.delenv(name, raising=False)
         for name in ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES"):  # `auto` is the CPU on every machine
             patch.setenv(name, "")
+        patch.setattr(torch.cuda, "is_available", lambda: False)  # torch may have looked before
         patch.setenv("ATTNBENCH_CONFIG", os.devnull)
         patch.setenv("ATTNBENCH_CACHE_DIR", str(tmp_path_factory.mktemp("attnbench-cache")))
         yield
