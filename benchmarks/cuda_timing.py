@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LEAST_US = 10.0
 LIMIT = 0.03
-WARM_UP, CALLS, PAUSE_S = 200, 30, 0.01
+WARM_UP, CALLS, TURN, PAUSE_S = 200, 30, 6, 0.01
 """ncu looks at the calls after the warm-up, which has brought the clocks up."""
 METRIC, RANGE = "gpu__time_duration.sum", "timed"
 TO_US = {"nsecond": 1e-3, "ns": 1e-3, "usecond": 1.0, "us": 1.0, "msecond": 1e3, "ms": 1e3, "second": 1e6, "s": 1e6}
@@ -115,9 +115,10 @@ def profile(ncu: str, name: str) -> Profile:
 
 
 def graph_us(name: str) -> float:
-    """The median of as many replays of one call as are profiled, with a pause before each.
+    """The median of as many turns of a few calls as calls are profiled, with a pause before each.
 
-    ncu, too, has the GPU idle between kernels: without, a GPU at its power limit would run at other clocks.
+    ncu, too, has the GPU idle between kernels: without, a GPU at its power limit would run at other clocks. A call that
+    is alone after a pause would hold what waking up takes.
     """
     from attnbench.devices.cuda import CudaDevice
 
@@ -126,7 +127,7 @@ def graph_us(name: str) -> float:
     times = []
     for _ in range(CALLS):
         time.sleep(PAUSE_S)
-        timing = device.time_calls(call, 1, cold=False)
+        timing = device.time_calls(call, TURN, cold=False)
         if timing.fallback:
             raise ValueError(timing.fallback)
         times += timing.times_us
