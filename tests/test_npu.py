@@ -362,14 +362,17 @@ REFUSED = [
     *((b, problem(1, 512, heads_q=257, heads_kv=257), "up to 256 heads") for b in BACKENDS[:4]),
     *((b, problem(1, 512, heads_q=65, heads_kv=1), "up to 64 query heads to a key head") for b in INFERENCE),
     *((b, problem(1, 8, batch=65536), "batches up to 65535") for b in INFERENCE),
-    *((b, problem(1, 262145), "up to 262144 keys") for b in INFERENCE),
-    (BACKENDS[0], problem(2, 20971521), "up to 20971520 keys"),
+    *((b, problem(1, 262145), "up to 262144 keys") for b in (BACKENDS[0], BACKENDS[3])),
+    *(
+        (b, problem(*lengths), "up to 20971520 keys and queries")
+        for b in (BACKENDS[0], BACKENDS[2])
+        for lengths in ((2, 20971521), (20971521, 2))
+    ),
     (BACKENDS[1], problem(8, 1048577), "up to 1048576 keys and queries"),
     (BACKENDS[2], problem(9, 8, causal=True), "no mask that hides all keys from a query"),
-    (
-        BACKENDS[2],
-        problem(9, 8, head_dim=24, batch=129),
-        "batches up to 128 of head sizes that are no multiples of 16",
+    *(
+        (b, problem(9, 8, head_dim=24, batch=129), "batches up to 128 of head sizes that are no multiples of 16")
+        for b in (BACKENDS[0], BACKENDS[2])
     ),
     (BACKENDS[3], problem(2, 512), "one query a head, as in decoding"),
     (BACKENDS[4], problem(128, 512, head_dim=128, dtype="bf16"), "fp16 only"),
@@ -390,6 +393,20 @@ REFUSED = [
 @pytest.mark.parametrize(("backend", "case", "reason"), REFUSED, ids=lambda value: getattr(value, "name", None))
 def test_what_is_refused_has_its_reason(backend: Any, case: Problem, reason: str) -> None:
     assert backend.unsupported(case) == reason
+
+
+# At the limits: what one query more, or another operator, would refuse.
+ALLOWED = [
+    *((b, problem(1, 262144)) for b in (BACKENDS[0], BACKENDS[3])),
+    (BACKENDS[2], problem(1, 262145)),
+    *((b, problem(1, 8, head_dim=24, batch=129)) for b in (BACKENDS[0], BACKENDS[3])),
+    *((b, problem(9, 8, head_dim=24, batch=128)) for b in (BACKENDS[0], BACKENDS[2])),
+]
+
+
+@pytest.mark.parametrize(("backend", "case"), ALLOWED, ids=lambda value: getattr(value, "name", None))
+def test_what_is_within_the_limits_is_supported(backend: Any, case: Problem) -> None:
+    assert backend.unsupported(case) is None
 
 
 SUPPORTED = {
