@@ -229,6 +229,20 @@ def test_a_library_without_the_kernel_and_another_architecture_are_named(
     assert "unset NPU_ARCH=dav-3510" in (JitFlashNpu().unavailable() or "")
 
 
+@pytest.mark.parametrize("name", ["Ascend950PR_9579", "Ascend910_9579"])
+def test_an_ascend_950_is_left_to_the_librarys_own_kernel(
+    cann: Cann, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    cann.device(name, 28)
+    assert JitFlashNpu().unavailable() == (
+        "the kernel is for dav-2201 (Ascend 910B and 910C), not for dav-3510: "
+        "pto_demo_flash compiles the PTO library's own"
+    )
+    assert PtoDemoFlash().unavailable() is None
+    monkeypatch.setenv("NPU_ARCH", "dav-2201")
+    assert JitFlashNpu().unavailable() is None
+
+
 # What is launched
 
 
