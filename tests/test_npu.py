@@ -604,6 +604,7 @@ def test_a_run_on_the_npu_goes_down_to_the_published_table(site: Path, tmp_path:
     assert "timed otherwise: npu_fusion_attention on 2 problems by events around eager calls" in report
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     assert record["environment"]["variables"]["TASK_QUEUE_ENABLE"] == "1"
+    assert "inner_precise 0" in record["summaries"]["npu_fused_attention"]
     assert record["environment"]["variables"]["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
     assert record["environment"]["libraries"]["torch-npu"] == "2.13.0"
     assert (record["device"]["name"], record["device"]["peak_tflops"]["fp16"]) == ("Ascend910B2", 353.9)
@@ -633,6 +634,10 @@ def test_jit_flash_runs_beside_the_fused_baseline(site: Path, tmp_path: Path) ->
         ("npu_fused_attention", "PASSED"),
     ] * 2
     assert [row["used_cores"] for row in rows if row["kernel"] == "jit_flash"] == ["4", "8"]  # units of 128 keys
+    assert all(float(row["host_us"]) > 0 for row in rows)
+    record = json.loads((tmp_path / "r" / "run.json").read_text())["environment"]
+    assert record["defaults_of_unset_variables"]["TASK_QUEUE_ENABLE"] == "1"
+    assert "TASK_QUEUE_ENABLE" not in record["variables"]
     head = "| S0 | S1 | Fused µs | JIT µs | Speedup | JIT TFLOP/s | Normalized JIT TFLOP/s |"
     assert " ".join(answer.out.split()).count(head) == 1
 
@@ -643,6 +648,18 @@ def test_a_compiled_kernel_that_is_wrong_gets_no_number(site: Path, tmp_path: Pa
     answer = command("check", *words, cwd=tmp_path, **toolkit(tmp_path, fault))
     assert [entry["status"] for entry in json.loads(answer.out)] == ["INCORRECT"], answer.err
     assert answer.code == 1
+
+
+def test_every_backend_on_an_npu_is_listed_as_not_yet_run_on_hardware(tmp_path: Path) -> None:
+    """Whether this machine has an NPU or not."""
+    for answer in (
+        attnbench("list", "--device", "npu", cwd=tmp_path),
+        command("list", "--device", "npu", cwd=tmp_path),
+    ):
+        head, _, *lines = answer.out.splitlines()
+        assert len(lines) == 8
+        assert head.split() == ["backend", "device", "available", "from", "summary", "why", "not"]
+        assert ["(not yet run on hardware)" in line for line in lines] == [True] * 8, answer.out
 
 
 def test_list_works_and_tells_why_where_torch_npu_cannot_be_imported(site: Path, tmp_path: Path) -> None:

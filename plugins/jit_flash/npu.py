@@ -192,7 +192,7 @@ def cores() -> int:
 
 
 def arch() -> str:
-    """NPU_ARCH, else the current device's architecture, as CANN's compiler calls it: an Ascend 950 has one of its own."""
+    """NPU_ARCH, else the architecture of the current device, as CANN's compiler calls it."""
     from attnbench.devices import device
 
     return settings.npu_arch() or (ARCH_950 if NAME_950.search(device("npu").info().name) else jit.PTO_ARCH)
