@@ -166,12 +166,16 @@ def test_a_cold_call_is_flushed_outside_its_events_and_replayed_alone(on_npu: On
 
 def test_events_can_be_asked_for_and_are_recorded_before_anything_synchronises(on_npu: OnNpu) -> None:
     code = """
-        waits, wait = [], MACHINE.wait
-        MACHINE.wait = lambda what: (waits.append(what), wait(what))
-        result = [told(NpuDevice().time_calls(kernel(20.0), 10, cold=False)), waits]
-        MACHINE.wait = wait
+        done, wait, record = [], MACHINE.wait, torch.npu.Event.record
+        MACHINE.wait = lambda what: (done.append(what), wait(what))
+        torch.npu.Event.record = lambda *event: (done.append("record"), record(*event))
+        result = [told(NpuDevice().time_calls(kernel(20.0), 10, cold=False)), done]
+        MACHINE.wait, torch.npu.Event.record = wait, record
     """
-    assert on_npu(code, ATTNBENCH_NPU_TIMING="events") == [["device_events", [20.0] * 10, 8, ""], ["synchronize"]]
+    told, done = on_npu(code, ATTNBENCH_NPU_TIMING="events")
+    assert told == ["device_events", [20.0] * 10, 8, ""]
+    assert done[:21] == ["record"] * 20 + ["synchronize"]
+    assert set(done[21:]) == {"synchronize"}  # each reading of a time waits once more, for nothing
 
 
 def test_another_setting_is_refused(on_npu: OnNpu) -> None:
@@ -290,6 +294,46 @@ def test_what_a_library_launches_overtakes_the_queue_unless_the_stream_was_asked
     """
     assert on_npu(code) == [[0.0, 0.0], [3.0, 3.0]]
     assert on_npu(code, TASK_QUEUE_ENABLE="0") == [[3.0, 3.0], [3.0, 3.0]]
+    assert on_npu(code, ASCEND_LAUNCH_BLOCKING="1") == [[3.0, 3.0], [3.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("fused(causal, mask(1024, 1024))", "a mask of 2048"),
+        ("fused(causal, mask(3, 2048, 2048))", "a mask of 2048"),
+        ("fused(causal, None)", "takes a mask"),
+        ("fused(causal, mask(2048, 2048).half())", "dtype of the mask"),
+        ("fused(causal, mask(2048, 2048).cpu())", "on the device"),
+        ("fused(causal, mask(2048, 2048).T)", "contiguous"),
+        ("fusion(mask(2048, 2048).to(torch.int8))", "dtype of the mask"),
+        ("fused({}, None, batch=129, head_dim=24)", "unaligned head size"),
+        ("fused({}, None, dtype=torch.float32)", "dtype"),
+        ("fused({}, None, device='cpu')", "same device"),
+        ("fused({'num_heads': 4}, None)", "heads"),
+        ("fused({'inner_precise': 4}, None)", "inner_precise"),
+        ("torch.npu.Event().elapsed_time(torch.npu.Event())", "Both events must be recorded"),
+    ],
+)
+def test_the_stand_in_refuses_what_the_pages_refuse(on_npu: OnNpu, call: str, words: str) -> None:
+    found = on_npu(f"""
+        causal = {{"sparse_mode": 3}}
+        def mask(*shape):
+            return torch.ones(*shape, dtype=torch.bool, device="npu")
+        def qkv(batch=1, head_dim=64, dtype=torch.float16, device="npu"):
+            return [torch.zeros(batch, 2, 4, head_dim, dtype=dtype, device=device) for _ in range(3)]
+        def fused(options, atten_mask, **how):
+            options = {{"num_heads": 2, "input_layout": "BNSD", "atten_mask": atten_mask}} | options
+            return torch_npu.npu_fused_infer_attention_score(*qkv(**how), **options)
+        def fusion(atten_mask):
+            return torch_npu.npu_fusion_attention(*qkv(), 2, "BNSD", atten_mask=atten_mask, sparse_mode=3)
+        result = "nothing"
+        try:
+            {call}
+        except RuntimeError as error:
+            result = str(error)
+    """)
+    assert words in found
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------
