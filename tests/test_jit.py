@@ -752,6 +752,9 @@ def test_pto_needs_bisheng_and_headers_and_says_which_is_missing(monkeypatch, tm
     found = jit.pto_toolchain()
     assert found.compiler == compiler
     assert {"--npu-arch=dav-2201", f"-I{tmp_path / 'pto' / 'include'}"} <= set(found.flags)
+    on_path = tool(tmp_path / "path" / "bisheng")
+    monkeypatch.setenv("PATH", f"{on_path.parent}{os.pathsep}{os.defpath}")
+    assert jit.pto_toolchain().compiler == on_path
 
 
 # The limit

@@ -686,12 +686,34 @@ def test_jit_flash_runs_beside_the_fused_baseline(site: Path, tmp_path: Path) ->
     assert " ".join(answer.out.split()).count(head) == 1
 
 
-@pytest.mark.parametrize("fault", ["no_op", "dropped_tail", "unnormalised"])
-def test_a_compiled_kernel_that_is_wrong_gets_no_number(site: Path, tmp_path: Path, fault: str) -> None:
-    words = ("--device", "npu", "--backends", "jit_flash", "--seqlen-q", 128, "--seqlen-k", 512, "--json")
-    answer = command("check", *words, cwd=tmp_path, **toolkit(tmp_path, fault))
-    assert [entry["status"] for entry in json.loads(answer.out)] == ["INCORRECT"], answer.err
+@pytest.mark.parametrize(
+    ("fault", "status", "words"),
+    [
+        ("no_op", "INCORRECT", ""),
+        ("dropped_tail", "INCORRECT", ""),
+        ("unnormalised", "INCORRECT", ""),
+        ("does_not_compile", "COMPILE_ERROR", ":1:1: error: this core has no such instruction"),
+        ("status", "RUNTIME_ERROR", "the kernel was not launched: status 507899"),
+    ],
+)
+def test_a_compiled_kernel_that_is_wrong_gets_no_number(
+    site: Path, tmp_path: Path, fault: str, status: str, words: str
+) -> None:
+    chosen = "jit_flash" if fault == "status" else "jit_flash,pto_demo_flash"  # the library's own gives no status
+    options = ("--device", "npu", "--backends", chosen, "--seqlen-q", 128, "--seqlen-k", 512, "--json")
+    answer = command("check", *options, cwd=tmp_path, **toolkit(tmp_path, fault))
+    found = json.loads(answer.out)
+    assert {entry["backend"]: entry["status"] for entry in found} == dict.fromkeys(chosen.split(","), status)
+    assert all(words in entry["reason"] for entry in found), answer.out
     assert answer.code == 1
+
+
+def test_a_compiled_kernel_that_takes_as_long_whatever_it_does_is_told_of(site: Path, tmp_path: Path) -> None:
+    words = ("--backends", "jit_flash", "--seqlen-q", "128,256", "--seqlen-k", "128,512", *QUICK, "--out", "r")
+    answer = command("run", *words, cwd=tmp_path, **toolkit(tmp_path, "flat"))
+    assert answer.code == 0, answer.err
+    report = (tmp_path / "r" / "report.md").read_text()
+    assert "launch-bound? jit_flash stays at about 12.4 µs over 8× more work (128×128 to 256×512)" in report
 
 
 def test_every_backend_on_an_npu_is_listed_as_not_yet_run_on_hardware(tmp_path: Path) -> None:
