@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -726,6 +727,19 @@ def test_every_backend_on_an_npu_is_listed_as_not_yet_run_on_hardware(tmp_path: 
         assert len(lines) == 8
         assert head.split() == ["backend", "device", "available", "from", "summary", "why", "not"]
         assert ["(not yet run on hardware)" in line for line in lines] == [True] * 8, answer.out
+
+
+def test_the_three_commands_that_verify_the_rest_are_the_same_everywhere_and_run(site: Path, tmp_path: Path) -> None:
+    found = [
+        re.findall(r"^ *attnbench ((?:list|check|run) --device npu\b.*?)(?: +#.*)?$", (ROOT / page).read_text(), re.M)
+        for page in ("README.md", "docs/npu.md")
+    ]
+    assert found[0] == found[1]
+    assert [words.split()[0] for words in found[0]] == ["list", "check", "run"]
+    more = {"list": [], "check": ["--help"], "run": ["--dry-run"]}
+    for words in map(str.split, found[0]):
+        answer = command(*words, *more[words[0]], cwd=tmp_path)
+        assert (answer.code, bool(answer.out)) == (0, True), answer.err
 
 
 def test_list_works_and_tells_why_where_torch_npu_cannot_be_imported(site: Path, tmp_path: Path) -> None:
