@@ -39,11 +39,12 @@ class PtoDemoFlash(Backend):
     def unavailable(self) -> str | None:
         from attnbench.devices import device
 
-        missing = [device(self.device).unavailable(), jit.missing(jit.pto_toolchain)]
+        toolchain = jit.missing(jit.pto_toolchain)
+        missing = [device(self.device).unavailable(), toolchain]
         library = settings.pto_lib_path()
-        if library is None:
+        if library is None and "PTO_LIB_PATH" not in (toolchain or ""):  # CANN has the headers, but not the kernel
             missing.append("PTO_LIB_PATH is not set: it must name a checkout of the PTO library, which has the kernel")
-        elif not Path(library, KERNEL).is_file():
+        elif library is not None and not Path(library, KERNEL).is_file():
             missing.append(f"PTO_LIB_PATH has no {KERNEL}: check out a PTO library that has it")
         return "; ".join(filter(None, missing)) or None
 

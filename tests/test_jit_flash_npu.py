@@ -217,6 +217,16 @@ def test_each_missing_piece_is_named(
     for backend in (JitFlashNpu(), PtoDemoFlash()):
         reason = backend.unavailable() or ""
         assert all(part in reason for part in ["torch_npu is not installed", *words])
+        assert reason.count("PTO_LIB_PATH") <= 1
+
+
+def test_headers_of_canns_own_are_not_the_librarys_kernel(cann: Cann, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cann.home / "include" / "pto").mkdir(parents=True)
+    monkeypatch.delenv("PTO_LIB_PATH")
+    assert JitFlashNpu().unavailable() is None
+    assert PtoDemoFlash().unavailable() == (
+        "PTO_LIB_PATH is not set: it must name a checkout of the PTO library, which has the kernel"
+    )
 
 
 def test_a_library_without_the_kernel_and_another_architecture_are_named(
