@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl, jit, settings
 from attnbench.problem import DeviceKind
-from attnbench_plugins.jit_flash.npu import arch, current_stream, require, synchronize
+from attnbench_plugins.jit_flash.npu import arch, cores, current_stream, require, synchronize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,7 @@ class PtoDemoFlash(Backend):
         return attend
 
     def parallel_units(self, problem: Problem) -> int:
-        return problem.seqlen_q // ROWS
+        return min(problem.seqlen_q // ROWS, cores())
 
 
 def buffer_shapes(seqlen_q: int) -> Mapping[str, tuple[tuple[int, ...], str]]:

@@ -455,6 +455,8 @@ def test_a_problem_occupies_no_more_cores_than_there_are_known_to_be(cann: Cann)
     cann.device("Ascend of the future", None)
     assert JitFlashNpu().parallel_units(of) == npu.LEAST_CORES
     assert PtoDemoFlash().parallel_units(of) == 16
+    cann.device("Ascend910B3", 20)
+    assert PtoDemoFlash().parallel_units(problem(3072, 8192)) == 20
 
 
 def test_the_plugin_and_the_kernel_agree() -> None:
