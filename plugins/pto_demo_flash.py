@@ -95,7 +95,8 @@ class PtoDemoFlash(Backend):
         return attend
 
     def parallel_units(self, problem: Problem) -> int:
-        return min(problem.seqlen_q // ROWS, cores())
+        occupied: int = min(problem.seqlen_q // ROWS, cores())
+        return occupied
 
 
 def buffer_shapes(seqlen_q: int) -> Mapping[str, tuple[tuple[int, ...], str]]:

@@ -548,6 +548,21 @@ def test_pto_kernels_cores_are_its_query_tiles_up_to_the_devices(
     assert on_npu(code, FAKE_NPU_NAME="Ascend910B3") == cores
 
 
+def test_a_part_of_an_npu_has_the_cores_and_the_peak_of_its_part(on_npu: OnNpu) -> None:
+    """More blocks than cores would wait for each other for ever at the barrier of jit_flash's kernel."""
+    code = """
+        from attnbench_plugins.jit_flash.npu import cores
+        info = NpuDevice().info()
+        result = [info.name, info.cores, info.peak_tflops.get("fp16"), cores()]
+    """
+    assert on_npu(code) == ["Ascend910B2", 24, 353.9, 24]
+    assert on_npu(code, FAKE_NPU_CORES="6") == ["Ascend910B2", 6, 88.5, 6]
+    assert on_npu(code, FAKE_NPU_CORES="0") == ["Ascend910B2", 24, 353.9, 24]
+    assert on_npu(code, FAKE_NPU_NAME="Ascend of the future", FAKE_NPU_CORES="32") == [
+        *("Ascend of the future", 32, None, 32)
+    ]
+
+
 # --- what is caught ---------------------------------------------------------------------------------------------------
 
 WRONG_CASES = {

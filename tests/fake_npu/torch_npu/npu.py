@@ -38,6 +38,14 @@ def get_device_name(device=None):
     return os.environ.get("FAKE_NPU_NAME", "Ascend910B2")
 
 
+def get_device_properties(device=None):
+    """FAKE_NPU_CORES are those of a part of an NPU."""
+    cores = int(os.environ.get("FAKE_NPU_CORES", "20" if "B3" in get_device_name() else "24"))
+    return types.SimpleNamespace(
+        name=get_device_name(), cube_core_num=cores, vector_core_num=2 * cores, L2_cache_size=192 << 20
+    )
+
+
 def empty_cache():
     """Nothing is kept."""
 
