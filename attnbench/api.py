@@ -105,6 +105,9 @@ def execute(
             "problems": [problem.to_json() for problem in the_plan.suite],
         },
         "backends": [entry.name for entry in the_plan.entries],
+        "summaries": {
+            entry.name: environment.one_line(entry.backend.summary) for entry in the_plan.entries if entry.backend
+        },
         "baseline": the_plan.baseline,
         "protocol": dataclasses.asdict(how.protocol),
         "timing_method": the_plan.device.timing_method,

@@ -113,11 +113,12 @@ def list_backends(
                     b.device,
                     "yes" if b.available else "no",
                     f"{b.source.distribution} {b.source.version}",
-                    b.reason or b.summary,
+                    b.summary,
+                    b.reason or "",
                 ]
                 for b in found
             ]
-            write_table(out, ("backend", "device", "available", "from", "summary, or why not"), rows)
+            write_table(out, ("backend", "device", "available", "from", "summary", "why not"), rows)
         _tell_failures(catalogue)
 
 

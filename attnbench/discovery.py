@@ -49,8 +49,10 @@ def discover(
     one brings nothing, and is in the catalogue with its error.
 
     Raises AttnbenchError where `without` names an entry point that is not there, `python` an interpreter, or `files` a
-    file.
+    file, and where a setting that every plugin of a device would stumble over is none.
     """
+    settings.cuda_timing()
+    settings.npu_timing()
     for source in files:
         if not os.path.isfile(source.file):
             raise AttnbenchError(f"there is no file {without_home(source.file)}", "--backends takes file.py:name")

@@ -17,6 +17,7 @@ from attnbench.text import without_home
 ENVIRONMENT_VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "CUDA_VISIBLE_DEVICES",
+    "ASCEND_LAUNCH_BLOCKING",
     "ASCEND_RT_VISIBLE_DEVICES",
     "GOMP_SPINCOUNT",
     "KMP_BLOCKTIME",
@@ -25,10 +26,14 @@ ENVIRONMENT_VARIABLES = (
     "OMP_PROC_BIND",
     "OMP_WAIT_POLICY",
     "OPENBLAS_NUM_THREADS",
+    "PER_STREAM_QUEUE",
     "TASK_QUEUE_ENABLE",
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
 )
 """Settings that move timings. Values are recorded only where they look like numbers, lists of them, or a plain word."""
+
+NPU_DEFAULTS = {"ASCEND_LAUNCH_BLOCKING": "0", "PER_STREAM_QUEUE": "0", "TASK_QUEUE_ENABLE": "1"}
+"""What torch_npu takes where the variable is not set."""
 
 _HARMLESS_VALUE = re.compile(r"[A-Za-z0-9_,.:-]{0,24}")
 LIBRARIES = ("attnbench", "torch", "torch-npu", "numpy", "pluggy")
@@ -57,6 +62,9 @@ def fingerprint(catalogue: Catalogue) -> dict[str, Any]:
             name: value
             for name in ENVIRONMENT_VARIABLES
             if (value := os.environ.get(name)) is not None and _HARMLESS_VALUE.fullmatch(value)
+        },
+        "defaults_of_unset_variables": {
+            name: value for name, value in NPU_DEFAULTS.items() if _version("torch-npu") and name not in os.environ
         },
     }
 

@@ -21,6 +21,8 @@ class GemmRef(Backend):
 
     def __init__(self, device: DeviceKind) -> None:
         self.device = device
+        if device == "npu":
+            self.summary += " (not yet run on hardware)"
 
     def unavailable(self) -> str | None:
         from attnbench.devices import device

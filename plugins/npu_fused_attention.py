@@ -30,7 +30,7 @@ class NpuFusedAttention(Backend):
         return reason
 
     def unsupported(self, problem: Problem) -> str | None:
-        reason: str | None = npu_operators.inference_limits(problem)
+        reason: str | None = npu_operators.inference_limits(problem, decodes=problem.seqlen_q == 1)
         return reason
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:

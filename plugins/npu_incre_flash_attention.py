@@ -30,7 +30,7 @@ class NpuIncreFlashAttention(Backend):
         return reason
 
     def unsupported(self, problem: Problem) -> str | None:
-        reason: str | None = npu_operators.inference_limits(problem)
+        reason: str | None = npu_operators.inference_limits(problem, decodes=True)
         if reason is None and problem.seqlen_q != 1:
             return "one query a head, as in decoding"
         return reason

@@ -1,6 +1,6 @@
 """What torch_npu's attention operators have in common: where they are, their limits, the causal mask. Calls none.
 
-Limits are those that op-plugin's pages give for Atlas A2 and A3. Nothing of it was run on hardware yet.
+Limits are those of op-plugin's pages of August 2026 for Atlas A2 and A3. Nothing of it was run on hardware yet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ CAUSAL_MASK_SIZE = 2048
 EVERY_TOKEN = 2**31 - 1
 """Of tokens before and after the diagonal, what hides nothing."""
 LONGEST = 20 << 20
+"""Keys and queries."""
 LONGEST_DECODE = 1 << 18
+"""Keys of a single query."""
 HOMEPAGE = "https://gitcode.com/Ascend/op-plugin"
 
 
@@ -63,16 +65,18 @@ def limits(problem: Problem, largest_head_dim: int = 512, largest_group: int | N
     return None
 
 
-def inference_limits(problem: Problem) -> str | None:
-    """What the operators for inference do not do, in words."""
+def inference_limits(problem: Problem, *, decodes: bool) -> str | None:
+    """What the operators for inference do not do, in words; `decodes` where it is the one for a single query."""
     if reason := limits(problem):
         return reason
     if problem.dtype == "fp32":
         return "fp16 and bf16 only"
     if problem.batch > 65535:
         return "batches up to 65535"
-    longest = LONGEST_DECODE if problem.seqlen_q == 1 else LONGEST
-    return f"up to {longest} keys" if problem.seqlen_k > longest else None
+    if not decodes and problem.head_dim % 16 and problem.batch > 128:
+        return "batches up to 128 of head sizes that are no multiples of 16"
+    longest, what = (LONGEST_DECODE, "keys") if decodes else (LONGEST, "keys and queries")
+    return f"up to {longest} {what}" if max(problem.seqlen_q, problem.seqlen_k) > longest else None
 
 
 def causal(device: torch.device) -> dict[str, object]:

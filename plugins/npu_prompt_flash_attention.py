@@ -28,11 +28,9 @@ class NpuPromptFlashAttention(Backend):
         return reason
 
     def unsupported(self, problem: Problem) -> str | None:
-        reason: str | None = npu_operators.inference_limits(problem)
+        reason: str | None = npu_operators.inference_limits(problem, decodes=False)
         if reason is not None:
             return reason
-        if problem.head_dim % 16 and problem.batch > 128:
-            return "batches up to 128 of head sizes that are no multiples of 16"
         if problem.visible_rows < problem.seqlen_q:
             return "no mask that hides all keys from a query"
         return None

@@ -8,14 +8,13 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl, jit, settings
 from attnbench.problem import DeviceKind
-from attnbench_plugins.jit_flash.npu import current_stream, require, synchronize
+from attnbench_plugins.jit_flash.npu import arch, cores, current_stream, require, synchronize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,11 +39,12 @@ class PtoDemoFlash(Backend):
     def unavailable(self) -> str | None:
         from attnbench.devices import device
 
-        missing = [device(self.device).unavailable(), jit.missing(jit.pto_toolchain)]
+        toolchain = jit.missing(jit.pto_toolchain)
+        missing = [device(self.device).unavailable(), toolchain]
         library = settings.pto_lib_path()
-        if library is None:
+        if library is None and "PTO_LIB_PATH" not in (toolchain or ""):  # CANN has the headers, but not the kernel
             missing.append("PTO_LIB_PATH is not set: it must name a checkout of the PTO library, which has the kernel")
-        elif not Path(library, KERNEL).is_file():
+        elif library is not None and not Path(library, KERNEL).is_file():
             missing.append(f"PTO_LIB_PATH has no {KERNEL}: check out a PTO library that has it")
         return "; ".join(filter(None, missing)) or None
 
@@ -95,7 +95,8 @@ class PtoDemoFlash(Backend):
         return attend
 
     def parallel_units(self, problem: Problem) -> int:
-        return problem.seqlen_q // ROWS
+        occupied: int = min(problem.seqlen_q // ROWS, cores())
+        return occupied
 
 
 def buffer_shapes(seqlen_q: int) -> Mapping[str, tuple[tuple[int, ...], str]]:
@@ -117,19 +118,12 @@ def _library() -> ctypes.CDLL:
     """Raises CompileError, and AttnbenchError where the kernel's source cannot be read."""
     root = os.path.abspath(settings.pto_lib_path() or "")
     flags = [f"-I{os.path.join(root, folder)}" for folder in HEADERS if Path(root, folder).is_dir()]
-    toolchain = jit.pto_toolchain(settings.npu_arch() or _arch())
+    toolchain = jit.pto_toolchain(arch())
     library = jit.compile(Path(root, KERNEL), toolchain=toolchain, flags=flags).load()
     library.call_kernel.restype = None
     sizes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_bool)
     library.call_kernel.argtypes = [ctypes.c_void_p, *sizes, *(ctypes.c_void_p for _ in range(11))]
     return library
-
-
-def _arch() -> str:
-    """The device's architecture, as CANN's compiler calls it: A5, the Ascend 950, has one of its own."""
-    from attnbench.devices import device
-
-    return "dav-3510" if re.search(r"950|910_95", device("npu").info().name) else jit.PTO_ARCH
 
 
 @hookimpl

@@ -289,6 +289,16 @@ def test_nothing_comes_from_the_current_folder(folder: Path, plugins: PluginFold
     assert python("import pluggy").code != 0, "a process with the current folder in its path finds it"
 
 
+@pytest.mark.parametrize("name", ["ATTNBENCH_CUDA_TIMING", "ATTNBENCH_NPU_TIMING"])
+def test_a_setting_that_is_none_is_one_error_and_no_plugins_failure(
+    name: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "clock")
+    answer = cli("list")
+    assert (answer.code, answer.out) == (ExitCode.USAGE, "")
+    assert answer.err == f"error: {name} must be graph or events, not 'clock'\n"
+
+
 def test_a_process_that_does_not_start_is_a_clear_error(plugins: PluginFolder) -> None:
     (plugins.path / "sitecustomize.py").write_text("import os\nos._exit(9)")
     with pytest.raises(AttnbenchError, match=r"the process that loads plugins does not start: exit code 9"):

@@ -52,6 +52,7 @@ def test_the_fingerprint_is_an_allow_list():
         "plugins_of_other_interpreters",
         "sources",
         "variables",
+        "defaults_of_unset_variables",
     }
 
 
@@ -66,6 +67,7 @@ def test_the_fingerprint_says_what_a_number_depends_on():
     assert found["plugins"] == {"toy-dist": "1.5"}
     assert found["plugins_of_other_interpreters"] == {"toy-dist": "1.7"}
     assert "torch-npu" not in found["libraries"]
+    assert found["defaults_of_unset_variables"] == {}
 
 
 def test_no_name_of_user_or_host_and_no_secret_is_in_it(monkeypatch):
@@ -98,6 +100,16 @@ def test_settings_that_move_timings_are_recorded(monkeypatch, value):
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     monkeypatch.setenv("OMP_SECRET", "x")
     assert fingerprint(CATALOGUE)["variables"] == {"OMP_NUM_THREADS": value}
+
+
+def test_beside_torch_npu_the_default_of_a_variable_that_is_not_set_is_recorded(monkeypatch):
+    monkeypatch.setattr(environment, "_version", lambda name: "2.13.0")
+    queue_and_more = {"ASCEND_LAUNCH_BLOCKING": "0", "PER_STREAM_QUEUE": "0", "TASK_QUEUE_ENABLE": "1"}
+    assert fingerprint(CATALOGUE)["defaults_of_unset_variables"] == queue_and_more
+    monkeypatch.setenv("TASK_QUEUE_ENABLE", "2")
+    found = fingerprint(CATALOGUE)
+    assert found["variables"] == {"TASK_QUEUE_ENABLE": "2"}
+    assert "TASK_QUEUE_ENABLE" not in found["defaults_of_unset_variables"]
 
 
 @pytest.mark.parametrize("value", ["/home/jane", "~/x", "a b", "a=b", "a\nb", "x" * 41, "ü"])

@@ -741,7 +741,10 @@ def test_pto_needs_bisheng_and_headers_and_says_which_is_missing(monkeypatch, tm
     for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "PTO_LIB_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "bisheng" in (jit.missing(jit.pto_toolchain) or "")
+    assert "CANN's compiler bisheng is not on PATH" in (jit.missing(jit.pto_toolchain) or "")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "gone"))
+    assert "bisheng is neither on PATH nor in the toolkit's bin" in (jit.missing(jit.pto_toolchain) or "")
+    monkeypatch.delenv("ASCEND_HOME_PATH")
     compiler = tool(tmp_path / "cann" / "bin" / "bisheng")
     monkeypatch.setenv("PATH", os.defpath)
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path / "cann"))
@@ -752,6 +755,9 @@ def test_pto_needs_bisheng_and_headers_and_says_which_is_missing(monkeypatch, tm
     found = jit.pto_toolchain()
     assert found.compiler == compiler
     assert {"--npu-arch=dav-2201", f"-I{tmp_path / 'pto' / 'include'}"} <= set(found.flags)
+    on_path = tool(tmp_path / "path" / "bisheng")
+    monkeypatch.setenv("PATH", f"{on_path.parent}{os.pathsep}{os.defpath}")
+    assert jit.pto_toolchain().compiler == on_path
 
 
 # The limit

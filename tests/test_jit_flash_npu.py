@@ -217,6 +217,16 @@ def test_each_missing_piece_is_named(
     for backend in (JitFlashNpu(), PtoDemoFlash()):
         reason = backend.unavailable() or ""
         assert all(part in reason for part in ["torch_npu is not installed", *words])
+        assert reason.count("PTO_LIB_PATH") <= 1
+
+
+def test_headers_of_canns_own_are_not_the_librarys_kernel(cann: Cann, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cann.home / "include" / "pto").mkdir(parents=True)
+    monkeypatch.delenv("PTO_LIB_PATH")
+    assert JitFlashNpu().unavailable() is None
+    assert PtoDemoFlash().unavailable() == (
+        "PTO_LIB_PATH is not set: it must name a checkout of the PTO library, which has the kernel"
+    )
 
 
 def test_a_library_without_the_kernel_and_another_architecture_are_named(
@@ -227,6 +237,20 @@ def test_a_library_without_the_kernel_and_another_architecture_are_named(
     assert JitFlashNpu().unavailable() is None
     monkeypatch.setenv("NPU_ARCH", "dav-3510")
     assert "unset NPU_ARCH=dav-3510" in (JitFlashNpu().unavailable() or "")
+
+
+@pytest.mark.parametrize("name", ["Ascend950PR_9579", "Ascend910_9579"])
+def test_an_ascend_950_is_left_to_the_librarys_own_kernel(
+    cann: Cann, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    cann.device(name, 28)
+    assert JitFlashNpu().unavailable() == (
+        "the kernel is for dav-2201 (Ascend 910B and 910C), not for dav-3510: "
+        "pto_demo_flash compiles the PTO library's own"
+    )
+    assert PtoDemoFlash().unavailable() is None
+    monkeypatch.setenv("NPU_ARCH", "dav-2201")
+    assert JitFlashNpu().unavailable() is None
 
 
 # What is launched
@@ -431,6 +455,8 @@ def test_a_problem_occupies_no_more_cores_than_there_are_known_to_be(cann: Cann)
     cann.device("Ascend of the future", None)
     assert JitFlashNpu().parallel_units(of) == npu.LEAST_CORES
     assert PtoDemoFlash().parallel_units(of) == 16
+    cann.device("Ascend910B3", 20)
+    assert PtoDemoFlash().parallel_units(problem(3072, 8192)) == 20
 
 
 def test_the_plugin_and_the_kernel_agree() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -166,12 +167,16 @@ def test_a_cold_call_is_flushed_outside_its_events_and_replayed_alone(on_npu: On
 
 def test_events_can_be_asked_for_and_are_recorded_before_anything_synchronises(on_npu: OnNpu) -> None:
     code = """
-        waits, wait = [], MACHINE.wait
-        MACHINE.wait = lambda what: (waits.append(what), wait(what))
-        result = [told(NpuDevice().time_calls(kernel(20.0), 10, cold=False)), waits]
-        MACHINE.wait = wait
+        done, wait, record = [], MACHINE.wait, torch.npu.Event.record
+        MACHINE.wait = lambda what: (done.append(what), wait(what))
+        torch.npu.Event.record = lambda *event: (done.append("record"), record(*event))
+        result = [told(NpuDevice().time_calls(kernel(20.0), 10, cold=False)), done]
+        MACHINE.wait, torch.npu.Event.record = wait, record
     """
-    assert on_npu(code, ATTNBENCH_NPU_TIMING="events") == [["device_events", [20.0] * 10, 8, ""], ["synchronize"]]
+    told, done = on_npu(code, ATTNBENCH_NPU_TIMING="events")
+    assert told == ["device_events", [20.0] * 10, 8, ""]
+    # The timer's own wait, and one of each reading of a time, which by then waits for nothing.
+    assert done == ["record"] * 20 + ["synchronize"] * 11
 
 
 def test_another_setting_is_refused(on_npu: OnNpu) -> None:
@@ -290,6 +295,46 @@ def test_what_a_library_launches_overtakes_the_queue_unless_the_stream_was_asked
     """
     assert on_npu(code) == [[0.0, 0.0], [3.0, 3.0]]
     assert on_npu(code, TASK_QUEUE_ENABLE="0") == [[3.0, 3.0], [3.0, 3.0]]
+    assert on_npu(code, ASCEND_LAUNCH_BLOCKING="1") == [[3.0, 3.0], [3.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("fused(causal, mask(1024, 1024))", "a mask of 2048"),
+        ("fused(causal, mask(3, 2048, 2048))", "a mask of 2048"),
+        ("fused(causal, None)", "takes a mask"),
+        ("fused(causal, mask(2048, 2048).half())", "dtype of the mask"),
+        ("fused(causal, mask(2048, 2048).cpu())", "on the device"),
+        ("fused(causal, mask(2048, 2048).T)", "contiguous"),
+        ("fusion(mask(2048, 2048).to(torch.int8))", "dtype of the mask"),
+        ("fused({}, None, batch=129, head_dim=24)", "unaligned head size"),
+        ("fused({}, None, dtype=torch.float32)", "dtype"),
+        ("fused({}, None, device='cpu')", "same device"),
+        ("fused({'num_heads': 4}, None)", "heads"),
+        ("fused({'inner_precise': 4}, None)", "inner_precise"),
+        ("torch.npu.Event().elapsed_time(torch.npu.Event())", "Both events must be recorded"),
+    ],
+)
+def test_the_stand_in_refuses_what_the_pages_refuse(on_npu: OnNpu, call: str, words: str) -> None:
+    found = on_npu(f"""
+        causal = {{"sparse_mode": 3}}
+        def mask(*shape):
+            return torch.ones(*shape, dtype=torch.bool, device="npu")
+        def qkv(batch=1, head_dim=64, dtype=torch.float16, device="npu"):
+            return [torch.zeros(batch, 2, 4, head_dim, dtype=dtype, device=device) for _ in range(3)]
+        def fused(options, atten_mask, **how):
+            options = {{"num_heads": 2, "input_layout": "BNSD", "atten_mask": atten_mask}} | options
+            return torch_npu.npu_fused_infer_attention_score(*qkv(**how), **options)
+        def fusion(atten_mask):
+            return torch_npu.npu_fusion_attention(*qkv(), 2, "BNSD", atten_mask=atten_mask, sparse_mode=3)
+        result = "nothing"
+        try:
+            {call}
+        except RuntimeError as error:
+            result = str(error)
+    """)
+    assert words in found
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------
@@ -362,14 +407,17 @@ REFUSED = [
     *((b, problem(1, 512, heads_q=257, heads_kv=257), "up to 256 heads") for b in BACKENDS[:4]),
     *((b, problem(1, 512, heads_q=65, heads_kv=1), "up to 64 query heads to a key head") for b in INFERENCE),
     *((b, problem(1, 8, batch=65536), "batches up to 65535") for b in INFERENCE),
-    *((b, problem(1, 262145), "up to 262144 keys") for b in INFERENCE),
-    (BACKENDS[0], problem(2, 20971521), "up to 20971520 keys"),
+    *((b, problem(1, 262145), "up to 262144 keys") for b in (BACKENDS[0], BACKENDS[3])),
+    *(
+        (b, problem(*lengths), "up to 20971520 keys and queries")
+        for b in (BACKENDS[0], BACKENDS[2])
+        for lengths in ((2, 20971521), (20971521, 2))
+    ),
     (BACKENDS[1], problem(8, 1048577), "up to 1048576 keys and queries"),
     (BACKENDS[2], problem(9, 8, causal=True), "no mask that hides all keys from a query"),
-    (
-        BACKENDS[2],
-        problem(9, 8, head_dim=24, batch=129),
-        "batches up to 128 of head sizes that are no multiples of 16",
+    *(
+        (b, problem(9, 8, head_dim=24, batch=129), "batches up to 128 of head sizes that are no multiples of 16")
+        for b in (BACKENDS[0], BACKENDS[2])
     ),
     (BACKENDS[3], problem(2, 512), "one query a head, as in decoding"),
     (BACKENDS[4], problem(128, 512, head_dim=128, dtype="bf16"), "fp16 only"),
@@ -390,6 +438,20 @@ REFUSED = [
 @pytest.mark.parametrize(("backend", "case", "reason"), REFUSED, ids=lambda value: getattr(value, "name", None))
 def test_what_is_refused_has_its_reason(backend: Any, case: Problem, reason: str) -> None:
     assert backend.unsupported(case) == reason
+
+
+# At the limits: what one query more, or another operator, would refuse.
+ALLOWED = [
+    *((b, problem(1, 262144)) for b in (BACKENDS[0], BACKENDS[3])),
+    (BACKENDS[2], problem(1, 262145)),
+    *((b, problem(1, 8, head_dim=24, batch=129)) for b in (BACKENDS[0], BACKENDS[3])),
+    *((b, problem(9, 8, head_dim=24, batch=128)) for b in (BACKENDS[0], BACKENDS[2])),
+]
+
+
+@pytest.mark.parametrize(("backend", "case"), ALLOWED, ids=lambda value: getattr(value, "name", None))
+def test_what_is_within_the_limits_is_supported(backend: Any, case: Problem) -> None:
+    assert backend.unsupported(case) is None
 
 
 SUPPORTED = {
@@ -484,6 +546,21 @@ def test_pto_kernels_cores_are_its_query_tiles_up_to_the_devices(
         result = PtoFlashAttention().parallel_units(Problem.from_json({case}))
     """
     assert on_npu(code, FAKE_NPU_NAME="Ascend910B3") == cores
+
+
+def test_a_part_of_an_npu_has_the_cores_and_the_peak_of_its_part(on_npu: OnNpu) -> None:
+    """More blocks than cores would wait for each other for ever at the barrier of jit_flash's kernel."""
+    code = """
+        from attnbench_plugins.jit_flash.npu import cores
+        info = NpuDevice().info()
+        result = [info.name, info.cores, info.peak_tflops.get("fp16"), cores()]
+    """
+    assert on_npu(code) == ["Ascend910B2", 24, 353.9, 24]
+    assert on_npu(code, FAKE_NPU_CORES="6") == ["Ascend910B2", 6, 88.5, 6]
+    assert on_npu(code, FAKE_NPU_CORES="0") == ["Ascend910B2", 24, 353.9, 24]
+    assert on_npu(code, FAKE_NPU_NAME="Ascend of the future", FAKE_NPU_CORES="32") == [
+        *("Ascend of the future", 32, None, 32)
+    ]
 
 
 # --- what is caught ---------------------------------------------------------------------------------------------------
@@ -587,6 +664,7 @@ def test_a_run_on_the_npu_goes_down_to_the_published_table(site: Path, tmp_path:
     assert "timed otherwise: npu_fusion_attention on 2 problems by events around eager calls" in report
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     assert record["environment"]["variables"]["TASK_QUEUE_ENABLE"] == "1"
+    assert "inner_precise 0" in record["summaries"]["npu_fused_attention"]
     assert record["environment"]["variables"]["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
     assert record["environment"]["libraries"]["torch-npu"] == "2.13.0"
     assert (record["device"]["name"], record["device"]["peak_tflops"]["fp16"]) == ("Ascend910B2", 353.9)
@@ -616,16 +694,67 @@ def test_jit_flash_runs_beside_the_fused_baseline(site: Path, tmp_path: Path) ->
         ("npu_fused_attention", "PASSED"),
     ] * 2
     assert [row["used_cores"] for row in rows if row["kernel"] == "jit_flash"] == ["4", "8"]  # units of 128 keys
+    assert all(float(row["host_us"]) > 0 for row in rows)
+    record = json.loads((tmp_path / "r" / "run.json").read_text())["environment"]
+    assert record["defaults_of_unset_variables"]["TASK_QUEUE_ENABLE"] == "1"
+    assert "TASK_QUEUE_ENABLE" not in record["variables"]
     head = "| S0 | S1 | Fused µs | JIT µs | Speedup | JIT TFLOP/s | Normalized JIT TFLOP/s |"
     assert " ".join(answer.out.split()).count(head) == 1
 
 
-@pytest.mark.parametrize("fault", ["no_op", "dropped_tail", "unnormalised"])
-def test_a_compiled_kernel_that_is_wrong_gets_no_number(site: Path, tmp_path: Path, fault: str) -> None:
-    words = ("--device", "npu", "--backends", "jit_flash", "--seqlen-q", 128, "--seqlen-k", 512, "--json")
-    answer = command("check", *words, cwd=tmp_path, **toolkit(tmp_path, fault))
-    assert [entry["status"] for entry in json.loads(answer.out)] == ["INCORRECT"], answer.err
+@pytest.mark.parametrize(
+    ("fault", "status", "words"),
+    [
+        ("no_op", "INCORRECT", ""),
+        ("dropped_tail", "INCORRECT", ""),
+        ("unnormalised", "INCORRECT", ""),
+        ("does_not_compile", "COMPILE_ERROR", ":1:1: error: this core has no such instruction"),
+        ("status", "RUNTIME_ERROR", "the kernel was not launched: status 507899"),
+    ],
+)
+def test_a_compiled_kernel_that_is_wrong_gets_no_number(
+    site: Path, tmp_path: Path, fault: str, status: str, words: str
+) -> None:
+    chosen = "jit_flash" if fault == "status" else "jit_flash,pto_demo_flash"  # the library's own gives no status
+    options = ("--device", "npu", "--backends", chosen, "--seqlen-q", 128, "--seqlen-k", 512, "--json")
+    answer = command("check", *options, cwd=tmp_path, **toolkit(tmp_path, fault))
+    found = json.loads(answer.out)
+    assert {entry["backend"]: entry["status"] for entry in found} == dict.fromkeys(chosen.split(","), status)
+    assert all(words in entry["reason"] for entry in found), answer.out
     assert answer.code == 1
+
+
+def test_a_compiled_kernel_that_takes_as_long_whatever_it_does_is_told_of(site: Path, tmp_path: Path) -> None:
+    words = ("--backends", "jit_flash", "--seqlen-q", "128,256", "--seqlen-k", "128,512", *QUICK, "--out", "r")
+    answer = command("run", *words, cwd=tmp_path, **toolkit(tmp_path, "flat"))
+    assert answer.code == 0, answer.err
+    report = (tmp_path / "r" / "report.md").read_text()
+    assert "launch-bound? jit_flash stays at about 12.4 µs over 8× more work (128×128 to 256×512)" in report
+
+
+def test_every_backend_on_an_npu_is_listed_as_not_yet_run_on_hardware(tmp_path: Path) -> None:
+    """Whether this machine has an NPU or not."""
+    for answer in (
+        attnbench("list", "--device", "npu", cwd=tmp_path),
+        command("list", "--device", "npu", cwd=tmp_path),
+    ):
+        head, _, *lines = answer.out.splitlines()
+        assert len(lines) == 8
+        assert head.split() == ["backend", "device", "available", "from", "summary", "why", "not"]
+        assert ["(not yet run on hardware)" in line for line in lines] == [True] * 8, answer.out
+
+
+def test_the_three_commands_that_verify_the_rest_are_the_same_everywhere_and_run(site: Path, tmp_path: Path) -> None:
+    found = [
+        re.findall(r"^ *attnbench ((?:list|check|run) --device npu\b.*?)(?: +#.*)?$", (ROOT / page).read_text(), re.M)
+        for page in ("README.md", "docs/npu.md")
+    ]
+    assert found[0] == found[1]
+    assert [words.split()[0] for words in found[0]] == ["list", "check", "run"]
+    more = {"list": [], "check": ["--help"], "run": ["--dry-run"]}
+    for words in map(str.split, found[0]):
+        answer = command(*words, *more[words[0]], cwd=tmp_path)
+        assert (answer.code, bool(answer.out)) == (0, True), answer.err
 
 
 def test_list_works_and_tells_why_where_torch_npu_cannot_be_imported(site: Path, tmp_path: Path) -> None:

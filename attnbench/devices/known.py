@@ -81,14 +81,18 @@ def known_device(name: str, kind: DeviceKind) -> DeviceInfo:
 
     Of a name not known the cores and the peaks stay open, and of a part of a GPU (MIG) too.
     """
-    for model, npu in ASCEND.items():
-        if re.search(model, name, re.IGNORECASE):
-            return npu_device(name, npu)
+    if npu := known_npu(name):
+        return npu_device(name, npu)
     if kind == "cuda" and not re.search(r"\bMIG\b", name):
         for model, gpu in NVIDIA.items():
             if re.search(rf"\b(?:{model})\b", name, re.IGNORECASE):
                 return _nvidia(name, gpu)
     return DeviceInfo(kind=kind, name=name, cores=None)
+
+
+def known_npu(name: str) -> Npu | None:
+    """The facts of the Ascend NPU of that name, where they are known."""
+    return next((npu for model, npu in ASCEND.items() if re.search(model, name, re.IGNORECASE)), None)
 
 
 def npu_device(name: str, npu: Npu) -> DeviceInfo:

@@ -19,7 +19,7 @@ import torch
 
 from attnbench import settings
 from attnbench.devices import DeviceInfo, Reading
-from attnbench.devices.known import Npu, known_device, npu_device
+from attnbench.devices.known import Npu, known_npu, npu_device
 from attnbench.devices.npu_graphs import NpuGraphTimer
 from attnbench.errors import in_a_line
 from attnbench.problem import DeviceKind
@@ -46,9 +46,19 @@ class NpuDevice(NpuGraphTimer):
         return _probe()
 
     def info(self) -> DeviceInfo:
-        name = str(self._api.get_device_name(self._api.current_device()))
-        npu = platform_config(name)
-        return known_device(name, "npu") if npu is None else npu_device(name, npu)
+        """Its cores are those that torch_npu has: of a part of an NPU they are fewer than the name tells."""
+        name, cores = str(self._api.get_device_name(self._api.current_device())), self._cube_cores()
+        npu = platform_config(name) or known_npu(name)
+        if npu is None:
+            return DeviceInfo(kind="npu", name=name, cores=cores)
+        return npu_device(name, npu._replace(cores=cores or npu.cores))
+
+    def _cube_cores(self) -> int | None:
+        """None where torch_npu does not tell."""
+        with suppress(RuntimeError, AttributeError):
+            properties = self._api.get_device_properties(self._api.current_device())
+            return int(properties.cube_core_num) or None
+        return None
 
     def reading(self) -> Reading:
         """Nothing yet: torch_npu tells neither clock nor heat."""

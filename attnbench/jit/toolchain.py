@@ -164,7 +164,8 @@ def pto_toolchain(arch: str | None = None) -> Toolchain:
         absent.append("PTO_LIB_PATH has no include/pto" if library else "PTO's headers are not there")
         steps.append("set PTO_LIB_PATH to a checkout of the PTO library")
     if found is None:
-        absent.append("CANN's compiler bisheng is not on PATH")
+        where = "neither on PATH nor in the toolkit's bin" if home else "not on PATH"
+        absent.append(f"CANN's compiler bisheng is {where}")
     if home is None:
         absent.append("neither ASCEND_HOME_PATH nor ASCEND_TOOLKIT_HOME is set")
     if found is None or home is None:

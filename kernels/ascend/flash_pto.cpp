@@ -691,10 +691,8 @@ class Vector {
         pipe_barrier(PIPE_V);
         TMUL(l_table, l_table, m_table);
         pipe_barrier(PIPE_V);
-        TCOLSUM(l, l_table, scratch, false);
+        TCOLSUM(l, l_table, scratch, false);  // at least 1: every query of a split tile sees a key
         TEXPANDS(total, 0.0f);
-        pipe_barrier(PIPE_V);
-        TMAXS(l, l, TINY);
 
         for (int begin = 0; begin < parts; begin += BATCH) {
             int count = smaller(parts - begin, BATCH);

@@ -6,6 +6,7 @@ Knows nothing of the kernel's insides. Nothing of it was run on hardware yet.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -32,6 +33,8 @@ LEAST_CORES = 20
 other for ever."""
 MAX_SEQLEN = 1 << 20
 """Units of a head, positions and their differences fit into 32 bits."""
+ARCH_950, NAME_950 = "dav-3510", re.compile("950|910_95")
+"""Of an Ascend 950, A5, and what stands in its name."""
 MIN_SCALE, MAX_SCALE = 1e-20, 10.0
 """Times a hidden score, −1e37, it is a finite float and far below any other."""
 
@@ -83,9 +86,12 @@ class JitFlashNpu(Backend):
         from attnbench.devices import device
 
         missing = [device(self.device).unavailable(), jit.missing(jit.pto_toolchain)]
-        arch = settings.npu_arch()
-        if arch not in (None, jit.PTO_ARCH):
-            missing.append(f"the kernel is for {jit.PTO_ARCH} (Ascend 910B and 910C): unset NPU_ARCH={arch}")
+        written_for = f"the kernel is for {jit.PTO_ARCH} (Ascend 910B and 910C)"
+        named = settings.npu_arch()
+        if named not in (None, jit.PTO_ARCH):
+            missing.append(f"{written_for}: unset NPU_ARCH={named}")
+        elif missing[0] is None and arch() != jit.PTO_ARCH:
+            missing.append(f"{written_for}, not for {arch()}: pto_demo_flash compiles the PTO library's own")
         return "; ".join(filter(None, missing)) or None
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -183,6 +189,13 @@ def cores() -> int:
     from attnbench.devices import device
 
     return device("npu").info().cores or LEAST_CORES
+
+
+def arch() -> str:
+    """NPU_ARCH, else the architecture of the current device, as CANN's compiler calls it."""
+    from attnbench.devices import device
+
+    return settings.npu_arch() or (ARCH_950 if NAME_950.search(device("npu").info().name) else jit.PTO_ARCH)
 
 
 def _library(head_dim: int, keys: int, fp32_out: bool) -> ctypes.CDLL:

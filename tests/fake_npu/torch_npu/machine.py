@@ -2,9 +2,9 @@
 
 Tensors on it are plain torch.Tensors on the device `npu` whose memory is the host's, so that torch and a C library can
 both compute on them. A stream's clock is virtual and moves by what each task says it takes: times are the same on every
-machine. With TASK_QUEUE_ENABLE=0 a task runs when it is called for; otherwise torch's tasks wait in a queue until
-something drains it, as late as a real queue might, while what a library launches by itself on a stream's handle does
-not wait: it overtakes them, unless `npu_stream` was read just before, which drains the queue.
+machine. With TASK_QUEUE_ENABLE=0 or ASCEND_LAUNCH_BLOCKING=1 a task runs when it is called for; otherwise torch's tasks
+wait in a queue until something drains it, as late as a real queue might, while what a library launches by itself on a
+stream's handle does not wait: it overtakes them, unless `npu_stream` was read just before, which drains the queue.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Machine:
     def enqueue(self, task, us=0.0):
         """What torch and torch_npu do with a task for the current stream."""
         stream = self.current
-        if os.environ.get("TASK_QUEUE_ENABLE", "1") == "0":
+        if os.environ.get("TASK_QUEUE_ENABLE", "1") == "0" or os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
             stream.execute(task, us)
         else:
             self.queue.append((stream, task, us))

@@ -38,6 +38,14 @@ def get_device_name(device=None):
     return os.environ.get("FAKE_NPU_NAME", "Ascend910B2")
 
 
+def get_device_properties(device=None):
+    """FAKE_NPU_CORES are those of a part of an NPU."""
+    cores = int(os.environ.get("FAKE_NPU_CORES", "20" if "B3" in get_device_name() else "24"))
+    return types.SimpleNamespace(
+        name=get_device_name(), cube_core_num=cores, vector_core_num=2 * cores, L2_cache_size=192 << 20
+    )
+
+
 def empty_cache():
     """Nothing is kept."""
 
@@ -70,9 +78,12 @@ class Stream:
 class Event:
     def __init__(self, enable_timing=False, blocking=False, interprocess=False):
         self._timed = enable_timing
+        self._recorded = False
+        """By the host; the device comes to it later, at the time that follows."""
         self._at_us = None
 
     def record(self, stream=None):
+        self._recorded = True
         queue = MACHINE.current if stream is None else stream._queue
         with _on(queue):
             MACHINE.enqueue(lambda: setattr(self, "_at_us", queue.handle.now_us))
@@ -87,11 +98,12 @@ class Event:
         MACHINE.wait("synchronize")
 
     def elapsed_time(self, end_event):
-        """In ms, as the real one's. It does not wait for the device: who has not, learns of it."""
+        """In ms. As the real one it waits for both, which at a recorded event is no wait of the timer's."""
+        if not (self._recorded and end_event._recorded):
+            raise RuntimeError("Both events must be recorded before calculating elapsed time.")
         if not (self._timed and end_event._timed):
             raise RuntimeError("an event without enable_timing has no time")
-        if self._at_us is None or end_event._at_us is None:
-            raise RuntimeError("the event was not recorded, or the device has not come to it yet")
+        MACHINE.wait("synchronize")
         return (end_event._at_us - self._at_us) / 1e3
 
 
@@ -103,6 +115,8 @@ class NPUGraph:
     def capture_begin(self, pool=None, capture_error_mode="global"):
         if os.environ.get("TASK_QUEUE_ENABLE") == "2":
             raise RuntimeError("Do not support TASK_QUEUE_ENABLE = 2 during NPU graph capture")
+        if self._tasks is not None:
+            raise RuntimeError("a graph is captured once: make another")
         if MACHINE.capturing:
             raise RuntimeError("another capture goes on")
         if MACHINE.current is MACHINE.default:
