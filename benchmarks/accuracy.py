@@ -1,4 +1,6 @@
-"""jit_flash's errors beside sdpa's, both against the float64 oracle. Run: python benchmarks/cpu_accuracy.py
+"""jit_flash's errors beside sdpa's, both against the float64 oracle. Run: python benchmarks/accuracy.py
+
+With `--device cuda` on a GPU, beside sdpa_flash.
 
 Claim: in the same dtype the largest error is at most 1.1 × sdpa's, and the root mean square at most 1.0 ×. The largest
 error is that over all seeds, the square is averaged over all of them. It is held for attnbench's three kinds of inputs:
@@ -27,6 +29,8 @@ from attnbench.problem import DTYPES, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from attnbench.backend import Backend
 
 PROBLEMS = (
     Problem(seqlen_q=128, seqlen_k=1024),
@@ -62,9 +66,24 @@ class Errors:
         return math.sqrt(self.squares / self.count)
 
 
+def backends_of(device: str) -> tuple[Backend, Backend]:
+    """jit_flash, and the peer."""
+    if device == "cpu":
+        from attnbench_plugins.jit_flash.cpu import JitFlashCpu
+        from attnbench_plugins.sdpa import Sdpa
+
+        return JitFlashCpu(), Sdpa("cpu")
+    from attnbench_plugins import sdpa_flash
+    from attnbench_plugins.jit_flash.cuda import JitFlashCuda
+
+    (flash,) = sdpa_flash.attnbench_backends()
+    return JitFlashCuda(), flash
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", type=cpu_bounds.names(DTYPES), default=list(DTYPES), help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", type=cpu_bounds.names(DTYPES), help="default: all that jit_flash takes there")
     parser.add_argument("--inputs", type=cpu_bounds.names(INPUTS), default=INPUTS, help="default: all")
     parser.add_argument("--seeds", type=cpu_bounds.positive, default=10, help="default: %(default)s")
     parser.add_argument("--all", action="store_true", help="print every problem as well")
@@ -73,23 +92,25 @@ def main() -> int:
     import torch
 
     from attnbench.reference import make_inputs, oracle
-    from attnbench_plugins.jit_flash.cpu import JitFlashCpu
-    from attnbench_plugins.sdpa import Sdpa
 
-    report = cpu_bounds.Report()
-    backends = (JitFlashCpu(), Sdpa("cpu"))
+    report, dtypes, backends = cpu_bounds.Report(), DTYPES, backends_of(options.device)
+    if options.device == "cuda":
+        dtypes = tuple(dtype for dtype in DTYPES if dtype != "fp32")
     summary = Table("dtype", "Inputs", "Error", "Median ratio", "Worst ratio", "Worst at", form="{:.1f}")
     details = Table("Problem", "Inputs", "Error", "sdpa", "jit_flash", "Ratio", form="{:.1f}")
-    for dtype, distribution in itertools.product(options.dtype, options.inputs):
+    for dtype, distribution in itertools.product(options.dtype or dtypes, options.inputs):
         ratios: dict[str, dict[str, float]] = {"max": {}, "RMS": {}}
         for problem in (dataclasses.replace(each, dtype=dtype) for each in PROBLEMS):
+            if any(backend.unsupported(problem) for backend in backends):
+                continue
             rows = torch.arange(problem.seqlen_q)
             ours, sdpa = pools = Errors(), Errors()
             for seed in range(options.seeds):
                 inputs = make_inputs(problem, seed, distribution)
                 expected = oracle(problem, inputs, rows)
+                given = [tensor.to(options.device) for tensor in (inputs.q, inputs.k, inputs.v)]
                 for backend, pool in zip(backends, pools):
-                    pool.add(backend.prepare(problem, inputs.q, inputs.k, inputs.v)(), expected)
+                    pool.add(backend.prepare(problem, *given)().cpu(), expected)
             for name, own, peer in (("max", ours.largest, sdpa.largest), ("RMS", ours.rms, sdpa.rms)):
                 ratio = ratios[name][problem.case_id] = round(own / peer, 3)
                 cells = (problem.case_id, distribution, name, f"{peer:.3e}", f"{own:.3e}", f"{ratio:.3f}")
