@@ -673,7 +673,7 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
     float s[KEYS / 2], factor[2];
     u32 weights[KEYS / 4];
     const auto read_queries = [&] {
-        if (PERSISTENT && thread == 0) barrier_arrive(shared.q_empty);
+        if (PERSISTENT && lane == 0) barrier_arrive(shared.q_empty);  // each warp: it has read the tile's number, too
     };
     if (index >= tile.blocks) return read_queries();
 
@@ -984,16 +984,19 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, con
 }
 
 struct ReceivedParts {
-    u32 base;
+    u32 received, own;  // slices: of all parts but this block's, and that one
+    u32 rank;
     int first_chunk, first_warp;
+
+    __device__ __forceinline__ u32 base(int part) const { return part == rank ? own : received + part * SLICE_BYTES; }
 
     __device__ __forceinline__ u32 there(int) const { return ~0u; }
 
     __device__ __forceinline__ u32 word(int part, int chunk, u32 at) const {
-        return load_shared(base + part * SLICE_BYTES + (chunk - first_chunk) * CHUNK_BYTES + at);
+        return load_shared(base(part) + (chunk - first_chunk) * CHUNK_BYTES + at);
     }
     __device__ __forceinline__ float2 state(int part, int warp, u32 at) const {
-        const u32 states = base + part * SLICE_BYTES + SLICE_CHUNKS * CHUNK_BYTES;
+        const u32 states = base(part) + SLICE_CHUNKS * CHUNK_BYTES;
         return load_shared_pair(states + (warp - first_warp) * STATE_BYTES + at);
     }
 };
@@ -1031,11 +1034,11 @@ struct PartsInMemory {
     }
 };
 
-// In a cluster: each block's slice to it. A warp's copies are issued one after the other, so that all warps do some.
+// In a cluster: each other block's slice to it. A warp's copies are issued one after the other, so that all warps do some.
 __device__ __forceinline__ void send_slices(const Shared& shared, u32 rank, int thread) {
     constexpr int LANES = CONSUMER_THREADS / (PARTS <= 2 ? 2 : PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : 16);
     const u32 block = thread / LANES;
-    if (thread % LANES || block >= PARTS) return;
+    if (thread % LANES || block >= PARTS || block == rank) return;
     send(in_block(shared.received + rank * SLICE_BYTES, block), shared.staged + block * SLICE_BYTES, SLICE_BYTES,
          in_block(shared.all_received, block));
 }
@@ -1058,7 +1061,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         barrier_init(shared.k_full, 1);
         fence_barriers();
         producer.begin(tile);
-        barrier_init(shared.q_empty, CONSUMERS);
+        barrier_init(shared.q_empty, CONSUMER_THREADS / 32);
         barrier_init(shared.all_received, 1);
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
@@ -1068,7 +1071,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(shared.v_empty + 8 * stage, CONSUMERS / SHARED_ROWS);
         }
         fence_barriers();
-        if (IN_CLUSTER) barrier_expect(shared.all_received, SLICES_BYTES);
+        if (IN_CLUSTER) barrier_expect(shared.all_received, SLICES_BYTES - SLICE_BYTES);
     }
     __syncthreads();
     if (IN_CLUSTER && APART) cluster_arrive();  // nobody sends before all barriers are there
@@ -1113,8 +1116,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 barrier_wait(shared.all_received, 0);
                 __syncwarp();
                 cluster_arrive();
+                const ReceivedParts parts{shared.received, shared.staged + rank * SLICE_BYTES, rank, slice_first(rank),
+                                          slice_warp(rank)};
                 add_parts(p, tile, Slice{slice_first(rank), min(slice_first(rank + 1), tile.chunks)},
-                          threadIdx.x - WARPGROUP, ReceivedParts{shared.received, slice_first(rank), slice_warp(rank)});
+                          threadIdx.x - WARPGROUP, parts);
                 __syncwarp();
                 cluster_wait();  // a block's memory outlives what it sends
             } else {
