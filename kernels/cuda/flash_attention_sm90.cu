@@ -673,7 +673,7 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
     float s[KEYS / 2], factor[2];
     u32 weights[KEYS / 4];
     const auto read_queries = [&] {
-        if (PERSISTENT && lane == 0) barrier_arrive(shared.q_empty);  // each warp: it has read the tile's number, too
+        if (PERSISTENT && lane == 0) barrier_arrive(shared.q_empty);  // each warp has read the number
     };
     if (index >= tile.blocks) return read_queries();
 
@@ -1143,7 +1143,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (!PERSISTENT) break;
             before += tile.blocks;
             barrier_wait(shared.q_full, ~turn & 1);
-            const u32 number = load_shared(shared.number);
+            // Read by the lane that tells of it, through q_empty, when the next one may be written.
+            const u32 read = thread % 32 == 0 ? load_shared(shared.number) : 0;
+            const u32 number = __shfl_sync(0xFFFFFFFFu, read, 0);
             if (number >= p.tiles_in_all) break;
             tile = tile_of(p, number, 0);
         }
