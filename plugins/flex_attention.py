@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LEAST_HEAD_DIM = 16
 """What Triton's products of matrices need."""
+MOST_DECODING_ROWS = 128
+"""Queries times the query heads of a key head."""
 RECOMPILATIONS = 256
 """torch compiles a function anew for at most eight shapes unless it is told otherwise; a suite has more."""
 
@@ -57,9 +59,12 @@ class FlexAttention(Backend):
         lengths = (problem.seqlen_q, problem.seqlen_k)
         blocks = None if visible is None else create_block_mask(visible, None, None, *lengths, device=q.device)
         scale, grouped = problem.softmax_scale, problem.heads_q != problem.heads_kv
+        # For fewer than 128 queries torch takes its kernel for decoding, which has no tile for many rows of a key head.
+        rows = problem.seqlen_q * problem.heads_q // problem.heads_kv
+        options = {"FORCE_USE_FLEX_ATTENTION": True} if grouped and rows > MOST_DECODING_ROWS else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
-            return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped)
+            return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped, kernel_options=options)
 
         # fullgraph: where torch cannot compile it, it raises, and does not take its slow way without a word.
         compiled: Any = torch.compile(attend, dynamic=False, fullgraph=True)
