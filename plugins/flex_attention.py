@@ -61,7 +61,7 @@ class FlexAttention(Backend):
         scale, grouped = problem.softmax_scale, problem.heads_q != problem.heads_kv
         # For fewer than 128 queries torch takes its kernel for decoding, which has no tile for many rows of a key head.
         rows = problem.seqlen_q * problem.heads_q // problem.heads_kv
-        options = {"FORCE_USE_FLEX_ATTENTION": True} if grouped and rows > MOST_DECODING_ROWS else None
+        options: Any = {"FORCE_USE_FLEX_ATTENTION": True} if grouped and rows > MOST_DECODING_ROWS else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
             return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped, kernel_options=options)
