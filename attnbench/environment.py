@@ -63,6 +63,7 @@ def fingerprint(catalogue: Catalogue) -> dict[str, Any]:
             for name in ENVIRONMENT_VARIABLES
             if (value := os.environ.get(name)) is not None and _HARMLESS_VALUE.fullmatch(value)
         },
+        "pto_toolchain": _pto_toolchain(),
         "defaults_of_unset_variables": {
             name: value for name, value in NPU_DEFAULTS.items() if _version("torch-npu") and name not in os.environ
         },
@@ -83,6 +84,17 @@ def _without_folder(word: str) -> str:
 def one_line(text: str) -> str:
     """A plugin's words as a reason: in one line, and without the user's home folder."""
     return " ".join(without_home(text).split())
+
+
+def _pto_toolchain() -> list[str]:
+    """What CANN, its compiler and the PTO library say of their versions, but not where they are."""
+    from attnbench import jit
+
+    try:
+        said = jit.pto_toolchain().version_output
+    except jit.ToolchainMissing:
+        return []
+    return [line for line in said.splitlines() if line.strip() and not re.search(r"[/\\]", line)]
 
 
 def _digests(catalogue: Catalogue) -> dict[str, str]:

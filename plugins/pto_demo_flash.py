@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl, jit, settings
 from attnbench.problem import DeviceKind
-from attnbench_plugins.jit_flash.npu import arch, cores, current_stream, require, synchronize
+from attnbench_plugins.jit_flash.npu import arch, cores, current_stream, require, synchronize, unknown_arch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +41,8 @@ class PtoDemoFlash(Backend):
 
         toolchain = jit.missing(jit.pto_toolchain)
         missing = [device(self.device).unavailable(), toolchain]
+        if missing[0] is None and arch() is None:
+            missing.append(f"the library is for {jit.PTO_ARCH} and dav-3510, and {unknown_arch()}")
         library = settings.pto_lib_path()
         if library is None and "PTO_LIB_PATH" not in (toolchain or ""):  # CANN has the headers, but not the kernel
             missing.append("PTO_LIB_PATH is not set: it must name a checkout of the PTO library, which has the kernel")

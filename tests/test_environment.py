@@ -52,6 +52,7 @@ def test_the_fingerprint_is_an_allow_list():
         "plugins_of_other_interpreters",
         "sources",
         "variables",
+        "pto_toolchain",
         "defaults_of_unset_variables",
     }
 
@@ -207,3 +208,12 @@ def test_two_backends_from_files_and_two_of_one_name_are_all_in_what_a_run_recor
         path.write_text("changed")
         assert environment.fingerprint(Catalogue(tuple(plugins), (), ()))["sources"] != before
         path.write_text(was)
+
+
+def test_what_compiles_for_an_npu_is_recorded_without_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnbench import jit
+
+    assert fingerprint(CATALOGUE)["pto_toolchain"] == []
+    said = "bisheng 8.5.0\nInstalledDir: /opt/somebody\n\nVersion=9.1.0\nC:\\there\n"
+    monkeypatch.setattr(jit, "pto_toolchain", lambda: jit.Toolchain(Path("bisheng"), said, ()))
+    assert fingerprint(CATALOGUE)["pto_toolchain"] == ["bisheng 8.5.0", "Version=9.1.0"]

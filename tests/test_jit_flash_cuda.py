@@ -6,10 +6,13 @@ What the kernel computes is in test_jit_flash_gpu.py, which takes a GPU.
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import math
 import re
 import subprocess
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -365,6 +368,28 @@ def test_blocks_that_take_tiles_count_them(driver: FakeDriver, monkeypatch: pyte
     driver.launches.clear()
     small = launched(driver, problem(2048, 2048), Config(128, 176, 2, persistent=True))
     assert small.grid == [16, 1, 1]
+
+
+def test_what_blocks_meet_in_lives_as_long_as_the_output(driver: FakeDriver) -> None:
+    """A graph may be replayed when nobody has the call any more, but somebody has the output."""
+    made = launched(driver, problem(64, 4096), Config(64, 64, 4, parts=2, clustered=False))
+    out = made.kept[3]
+    kept = weakref.ref(out.attnbench_workspaces)
+    del made.launch
+    gc.collect()
+    assert kept() is not None
+    del out, made
+    driver.launches.clear()
+    gc.collect()
+    assert kept() is None
+
+
+def test_threads_that_launch_on_new_streams_at_once_get_workspaces_of_their_own(driver: FakeDriver) -> None:
+    case, config = problem(64, 4096), Config(64, 64, 4, parts=2, clustered=False)
+    workspaces = cuda._Workspaces(case, config, torch.device("cpu"))
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda _: workspaces.another(), range(200)))
+    assert len({arrived for _, arrived, _ in found}) == len({parts for *_, parts in found}) == 200
 
 
 def test_more_captures_than_counters_in_stock(driver: FakeDriver) -> None:

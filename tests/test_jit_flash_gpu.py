@@ -16,7 +16,7 @@ import pytest
 import torch
 
 SCRIPT = r'''
-import itertools, json, math, random, traceback
+import gc, itertools, json, math, random, traceback
 from concurrent.futures import ThreadPoolExecutor
 import torch
 from attnbench import Problem
@@ -212,7 +212,8 @@ def bits():
         Config(64, 64, 4, 3, 1, 2),
     ]
     for config in of_any_strides if STRIDED else of_tma:
-        case = problem(512, 4096)
+        persistent = isinstance(config, Config) and config.persistent
+        case = problem(512, 1000, heads_q=50) if persistent else problem(512, 4096)
         call = JitFlashCuda().prepare(case, *inputs(case), config=config)
         first = call().clone()
         found += [f"{config} differs" for _ in range(10) if not torch.equal(call(), first)]
@@ -245,7 +246,7 @@ def in_flight():
     """One prepared call on two streams at once, and two graphs of it: nothing that blocks meet in is shared."""
     found = []
     one_head, heads = problem(512, 4096), problem(512, 1024, heads_q=50)
-    memory = Config(64, 64, 4, 8, clustered=False)
+    memory = Config(64, 64, 4, 16, clustered=False)  # of which two do not fit at once
     for case, config in ((one_head, memory), (heads, Config(128, 176, 2, persistent=True))):
         call = prepared(case, *inputs(case), config=None if STRIDED else config)
         right = call().clone()
@@ -302,7 +303,29 @@ def graphs():
     out.fill_(math.nan)
     graph.replay()
     expected = prepared(case, *others)()
-    return [] if torch.equal(out, expected) else ["a replay does not read the inputs"]
+    found = [] if torch.equal(out, expected) else ["a replay does not read the inputs"]
+    # The graph and the output are kept, and the call is not: what blocks meet in must not be given away.
+    for config in (Config(64, 64, 4, 8, clustered=False), Config(128, 176, 2, persistent=True)):
+        case = problem(512, 2048, heads_q=1 if config.meets_in_memory else 50)
+        tensors = inputs(case)
+        call = prepared(case, *tensors, config=None if STRIDED else config)
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+        right = out.clone()
+        del call
+        gc.collect()
+        torch.cuda.empty_cache()
+        sizes = [1 << n for n in range(2, 22)] * 3
+        others = [torch.full((size,), 0x5A5A5A5A, dtype=torch.int32, device=DEVICE) for size in sizes]
+        out.fill_(math.nan)
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        found += [] if torch.equal(out, right) else [f"{config}: a graph without its call differs"]
+        found += ["others' memory was written"] * (not all((other == 0x5A5A5A5A).all() for other in others))
+    return found
 
 
 @part

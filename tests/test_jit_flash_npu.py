@@ -239,6 +239,32 @@ def test_a_library_without_the_kernel_and_another_architecture_are_named(
     assert "unset NPU_ARCH=dav-3510" in (JitFlashNpu().unavailable() or "")
 
 
+@pytest.mark.parametrize("name", ["Ascend310P3", "Ascend910ProB"])
+def test_nothing_is_compiled_for_an_npu_whose_architecture_is_not_known(
+    cann: Cann, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    cann.device(name, 8)
+    reason = f"that of {name} is not known: set NPU_ARCH if it is one of them"
+    assert JitFlashNpu().unavailable() == f"the kernel is for dav-2201 (Ascend 910B and 910C), and {reason}"
+    assert PtoDemoFlash().unavailable() == f"the library is for dav-2201 and dav-3510, and {reason}"
+    monkeypatch.setenv("NPU_ARCH", "dav-2201")
+    assert JitFlashNpu().unavailable() is None
+    assert PtoDemoFlash().unavailable() is None
+
+
+@pytest.mark.parametrize(("arch", "memory"), [("dav-2201", "MEMORY"), ("dav-3510", "REGISTER")])
+def test_the_library_is_told_which_base_its_tiles_have(cann: Cann, arch: str, memory: str) -> None:
+    bases = [flag for flag in jit.pto_toolchain(arch).flags if flag.endswith("_BASE")]
+    assert bases == [f"-D{memory}_BASE"]
+
+
+def test_a_toolkit_that_is_not_where_it_should_be_is_named(cann: Cann, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASCEND_HOME_PATH", "/nope")
+    reason = JitFlashNpu().unavailable() or ""
+    assert "the toolkit is not in /nope, which the environment names" in reason
+    assert "source its set_env.sh" in reason
+
+
 @pytest.mark.parametrize("name", ["Ascend950PR_9579", "Ascend910_9579"])
 def test_an_ascend_950_is_left_to_the_librarys_own_kernel(
     cann: Cann, monkeypatch: pytest.MonkeyPatch, name: str

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from attnbench import settings
 from attnbench.errors import AttnbenchError
+from attnbench.text import without_home
 
 _VERSION_TIMEOUT_S = 30.0
 
@@ -142,6 +143,7 @@ def _cuda_arch() -> str:
 
 PTO_ARCH = "dav-2201"
 """Of the Ascend 910B and 910C, as CANN's compiler calls it; an Ascend 950 is a dav-3510."""
+_ARCH_950 = "dav-3510"
 _CANN_INCLUDES = ("include", "pkg_inc", "pkg_inc/runtime", "pkg_inc/profiling")
 _CANN_VERSIONS = ("version.cfg", "runtime/version.info", "compiler/version.info", "*/ascend_toolkit_install.info")
 _PTO_VERSIONS = ("version.cmake", "version.info")
@@ -161,20 +163,24 @@ def pto_toolchain(arch: str | None = None) -> Toolchain:
     folders += [os.path.join(os.path.abspath(home), *name.split("/")) for name in _CANN_INCLUDES] if home else []
     absent, steps = [], []
     if not any(os.path.isdir(os.path.join(folder, "pto")) for folder in folders):
-        absent.append("PTO_LIB_PATH has no include/pto" if library else "PTO's headers are not there")
+        place = f"there is no include/pto in PTO_LIB_PATH, {without_home(library or '')}"
+        absent.append(place if library else "PTO's headers are not there")
         steps.append("set PTO_LIB_PATH to a checkout of the PTO library")
     if found is None:
-        where = "neither on PATH nor in the toolkit's bin" if home else "not on PATH"
+        where = f"neither on PATH nor in {without_home(home)}/bin" if home else "not on PATH"
         absent.append(f"CANN's compiler bisheng is {where}")
     if home is None:
         absent.append("neither ASCEND_HOME_PATH nor ASCEND_TOOLKIT_HOME is set")
-    if found is None or home is None:
+    elif not os.path.isdir(home):
+        absent.append(f"the toolkit is not in {without_home(home)}, which the environment names")
+    if found is None or home is None or not os.path.isdir(home):
         steps.append("install CANN and source its set_env.sh")
     if found is None or home is None or absent:
         raise ToolchainMissing("; ".join(absent), "; ".join(steps))
     arch = arch or settings.npu_arch() or PTO_ARCH
     base = ("-O2", "-std=c++17", "-fPIC", "-shared", "-xcce", f"--npu-arch={arch}")
-    flags = (*base, "-DMEMORY_BASE", "-Wno-ignored-attributes", *(f"-I{folder}" for folder in folders))
+    memory = "-DREGISTER_BASE" if arch == _ARCH_950 else "-DMEMORY_BASE"
+    flags = (*base, memory, "-Wno-ignored-attributes", *(f"-I{folder}" for folder in folders))
     compiler = Path(found).absolute()
     versions = [_versions(home, _CANN_VERSIONS), *([_versions(library, _PTO_VERSIONS)] if library else [])]
     return Toolchain(compiler, version_output(compiler) + "".join(versions), flags)

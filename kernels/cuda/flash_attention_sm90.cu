@@ -32,7 +32,7 @@
 //     Q        D/64 boxes of ROWS × 128 bytes
 //     ring     STAGES × (K: D/64 boxes of KEYS × 128 bytes, V: DV/64 of them)
 //     merged   where SHARED_ROWS is 2, O, m and l of consumer 1, thread by thread
-//     received where CLUSTERED, the block's slice of each part: chunks, then m and l of their rows. Where there is no
+//     received where CLUSTERED, the block's slice of each other part: chunks, then m and l of their rows. Where there is no
 //              room for it apart (see APART), it lies over Q and the ring, which then must have been read by the whole
 //              cluster before anybody sends
 //     staged   where CLUSTERED, this block's part, slice by slice, over the ring or, where received is not apart,
@@ -50,7 +50,7 @@
 //     STAGES  of the ring
 //     PARTS   blocks that share the keys of a tile
 //     CLUSTERED  1: they are a cluster, of 16 at most; 0: they meet in global memory
-//     PERSISTENT 1: blocks take tiles until there are no more; PARTS and SHARED_ROWS are 1 then
+//     PERSISTENT 1: blocks take tiles until there are no more; PARTS and SHARED_ROWS are 1 then, and MASKED 0
 //     PACK    query heads of a tile; a divisor of those that share a key head
 //     MASKED  1: causal or window
 //     SHARED_BYTES  of a block, that it is launched with
@@ -105,7 +105,7 @@ static_assert(Q_BYTES + RING_BYTES + MERGED_BYTES + (APART ? SLICES_BYTES : 0) +
 constexpr int MAX_PARTS = 32;  // that meet in memory: a warp asks for them at once
 static_assert(CLUSTERED ? PARTS <= 16 : PARTS <= MAX_PARTS, "parts of a tile");
 static_assert(SHARED_ROWS == 1 || (ROWS == 64 && STAGES % 2 == 0), "a stage belongs to one of two consumers");
-static_assert(!PERSISTENT || (PARTS == 1 && SHARED_ROWS == 1), "the ring goes on from tile to tile");
+static_assert(!PERSISTENT || (PARTS == 1 && SHARED_ROWS == 1 && !MASKED), "the ring goes on from tile to tile");
 static_assert(SLICES_BYTES + (APART ? 0 : SLICES_BYTES) <= RING_BYTES + (APART ? 0 : Q_BYTES), "no room for the parts");
 
 extern "C" {
@@ -508,12 +508,9 @@ struct Producer {
 
     // What a tile needs before its first product.
     __device__ __forceinline__ void begin(const Tile& tile) const {
-        if (tile.blocks) {
-            load_queries(tile, shared, q_map);
-            ask_keys(tile, 0);
-        } else if (PERSISTENT) {
-            barrier_arrive(shared.q_full);
-        }
+        if (!tile.blocks) return;
+        load_queries(tile, shared, q_map);
+        ask_keys(tile, 0);
     }
 
     // Of large key blocks not all that the ring holds is asked for at once: what is in flight shares the bandwidth, and
@@ -552,7 +549,7 @@ struct Producer {
 struct Softmax {
     // What is subtracted: the greatest score so far times log2(e). It is rounded once and then used for all that is
     // summed up, so that rounding it costs nothing up to LARGEST, where weights are off by a factor of 2⁸ at most, all
-    // alike.
+    // alike. Beyond it, in any share of a row's keys, the row is NaN.
     float shift[2] = {MINUS_INFINITY, MINUS_INFINITY};
     float sum[2] = {0, 0};  // of this thread's columns
 
@@ -675,7 +672,7 @@ __device__ __forceinline__ void attend(const Params& p, const Tile& tile, const 
     const auto read_queries = [&] {
         if (PERSISTENT && lane == 0) barrier_arrive(shared.q_empty);  // each warp has read the number
     };
-    if (index >= tile.blocks) return read_queries();
+    if (index >= tile.blocks) return;
 
     const auto masked = [&](int index) {
         const int key = (tile.block + index) * KEYS;
@@ -1125,7 +1122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             } else {
                 unsigned char* const parts = p.parts + u64(first_number) * PARTS * PART_BYTES;
                 u32* const arrived = p.arrived + u64(first_number) * MAX_PARTS;
-                // Each launch adds as much to each part's, and none of this one's warps has before all have read it.
+                // Each launch adds as much to each part's. Of this block none but the other consumer can have added yet.
                 const u32 goal = load_acquire(arrived + rank) / (ROWS / 64) * (ROWS / 64) + ROWS / 64;
                 if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
                 if (has_rows) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import as_file, files
@@ -181,17 +182,18 @@ class JitFlashCuda(Backend):
             launch = make(problem, config, q, k, v, out, lse)
         stream_of, current = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
         capturing = torch._C._cuda_isCurrentStreamCapturing
+        separate = isinstance(config, Config) and config.has_workspace
 
         def attend(_owners: tuple[Tensor | None, ...] = (q, k, v, lse)) -> Tensor:
             try:
-                if current() == index and not capturing():
+                if current() == index and not (separate and capturing()):
                     launch(stream_of(index))
                     return out
             except NoContext:  # of a thread in which torch has done nothing yet
                 torch.cuda.synchronize(index)
             with torch.cuda.device(index):
                 stream = stream_of(index)
-                launch(stream, capture_of(stream))
+                launch(stream, capture_of(stream) if separate else 0)
             return out
 
         return attend
@@ -276,6 +278,8 @@ def _launch(
     blocks = min(launched, active_clusters(q.device.index)[1]) if config.persistent else launched * config.parts
     params.tiles_in_all = launched
     workspaces = _Workspaces(problem, config, q.device)
+    # A graph needs them as long as it is replayed, and whoever replays it keeps the output, but maybe not the call.
+    out.attnbench_workspaces = workspaces  # type: ignore[attr-defined]
 
     def arguments() -> Sequence[object]:
         own = Params.from_buffer_copy(params)
@@ -309,16 +313,23 @@ class _Workspaces:
         self._stock = list(torch.zeros((self.STOCK, counters), dtype=torch.int32, device=device)) if counters else []
         self._parts = torch.empty(parts, dtype=torch.uint8, device=device)
         self._taken: list[tuple[Tensor, Tensor]] = []
+        self._lock = threading.Lock()  # two threads may launch on new streams at once
+        if counters and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # whichever stream comes first, its counters are zero
 
     def another(self) -> tuple[int | None, int | None, int | None]:
         """Addresses of taken, arrived and parts that nobody else has; None for what the kernel does not use."""
         import torch
 
-        if not (self._stock or self._taken):
-            return None, None, None
-        counters = self._stock.pop() if self._stock else torch.zeros_like(self._taken[0][0])
-        parts = torch.empty_like(self._parts) if self._taken else self._parts
-        self._taken.append((counters, parts))
+        with self._lock:
+            if not (self._stock or self._taken):
+                return None, None, None
+            counters = self._stock.pop() if self._stock else torch.zeros_like(self._taken[0][0])
+            parts = torch.empty_like(self._parts) if self._taken else self._parts
+            self._taken.append((counters, parts))
+        if counters.is_cuda and not torch.cuda.is_current_stream_capturing():
+            for tensor in (counters, parts):  # may be given back while the stream still uses them
+                tensor.record_stream(torch.cuda.current_stream(counters.device))
         if self._meeting:
             return None, counters.data_ptr(), parts.data_ptr()
         return counters.data_ptr(), None, None

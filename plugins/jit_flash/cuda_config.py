@@ -56,6 +56,11 @@ class Config:
         """Whether the parts of a tile do."""
         return self.parts > 1 and not self.clustered
 
+    @property
+    def has_workspace(self) -> bool:
+        """Whether blocks of a launch meet in memory, or count there."""
+        return self.meets_in_memory or self.persistent
+
     def columns(self, head_dim_v: int) -> int:
         """Of V, that a block works on."""
         return rounded(-(-head_dim_v // self.split_v))

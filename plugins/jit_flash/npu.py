@@ -35,6 +35,8 @@ MAX_SEQLEN = 1 << 20
 """Units of a head, positions and their differences fit into 32 bits."""
 ARCH_950, NAME_950 = "dav-3510", re.compile("950|910_95")
 """Of an Ascend 950, A5, and what stands in its name."""
+NAME_910 = re.compile("910B|910C|910_93")
+"""In the names of those with jit.PTO_ARCH."""
 MIN_SCALE, MAX_SCALE = 1e-20, 10.0
 """Times a hidden score, −1e37, it is a finite float and far below any other."""
 
@@ -90,8 +92,9 @@ class JitFlashNpu(Backend):
         named = settings.npu_arch()
         if named not in (None, jit.PTO_ARCH):
             missing.append(f"{written_for}: unset NPU_ARCH={named}")
-        elif missing[0] is None and arch() != jit.PTO_ARCH:
-            missing.append(f"{written_for}, not for {arch()}: pto_demo_flash compiles the PTO library's own")
+        elif missing[0] is None and (of_device := arch()) != jit.PTO_ARCH:
+            other = f"{written_for}, not for {of_device}: pto_demo_flash compiles the PTO library's own"
+            missing.append(other if of_device else f"{written_for}, and {unknown_arch()}")
         return "; ".join(filter(None, missing)) or None
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -191,11 +194,20 @@ def cores() -> int:
     return device("npu").info().cores or LEAST_CORES
 
 
-def arch() -> str:
-    """NPU_ARCH, else the architecture of the current device, as CANN's compiler calls it."""
+def arch() -> str | None:
+    """NPU_ARCH, else that of the current device, as CANN's compiler calls it; None where that is not known."""
     from attnbench.devices import device
 
-    return settings.npu_arch() or (ARCH_950 if NAME_950.search(device("npu").info().name) else jit.PTO_ARCH)
+    name = device("npu").info().name
+    known = ARCH_950 if NAME_950.search(name) else jit.PTO_ARCH if NAME_910.search(name) else None
+    return settings.npu_arch() or known
+
+
+def unknown_arch() -> str:
+    """Why nothing is compiled for the current device, and what to do."""
+    from attnbench.devices import device
+
+    return f"that of {device('npu').info().name} is not known: set NPU_ARCH if it is one of them"
 
 
 def _library(head_dim: int, keys: int, fp32_out: bool) -> ctypes.CDLL:
