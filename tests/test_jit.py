@@ -743,14 +743,16 @@ def test_pto_needs_bisheng_and_headers_and_says_which_is_missing(monkeypatch, tm
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "CANN's compiler bisheng is not on PATH" in (jit.missing(jit.pto_toolchain) or "")
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "gone"))
-    assert "bisheng is neither on PATH nor in the toolkit's bin" in (jit.missing(jit.pto_toolchain) or "")
+    assert f"bisheng is neither on PATH nor in {tmp_path}/gone/bin" in (jit.missing(jit.pto_toolchain) or "")
+    assert f"the toolkit is not in {tmp_path}/gone" in (jit.missing(jit.pto_toolchain) or "")
     monkeypatch.delenv("ASCEND_HOME_PATH")
     compiler = tool(tmp_path / "cann" / "bin" / "bisheng")
     monkeypatch.setenv("PATH", os.defpath)
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path / "cann"))
     assert (jit.missing(jit.pto_toolchain) or "").startswith("PTO's headers are not there: set PTO_LIB_PATH")
     monkeypatch.setenv("PTO_LIB_PATH", str(tmp_path / "pto"))
-    assert (jit.missing(jit.pto_toolchain) or "").startswith("PTO_LIB_PATH has no include/pto: ")
+    there_is_none = f"there is no include/pto in PTO_LIB_PATH, {tmp_path / 'pto'}: "
+    assert (jit.missing(jit.pto_toolchain) or "").startswith(there_is_none)
     (tmp_path / "pto" / "include" / "pto").mkdir(parents=True)
     found = jit.pto_toolchain()
     assert found.compiler == compiler
