@@ -27,6 +27,7 @@ from attnbench_plugins.jit_flash import cuda, cuda_config, cuda_driver, cuda_sm8
 from attnbench_plugins.jit_flash.cuda import Divisor, JitFlashCuda, Params, StridedParams
 from attnbench_plugins.jit_flash.cuda_config import Config, choose, configs, packed_heads, predicted_us, units
 from attnbench_plugins.jit_flash.cuda_sm80 import Gpu
+from attnbench_plugins.jit_flash.cuda_workspace import Workspaces
 
 ROOT = Path(__file__).parents[1]
 H100 = {1: 132, 2: 66, 3: 39, 4: 30, 6: 17, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
@@ -386,7 +387,7 @@ def test_what_blocks_meet_in_lives_as_long_as_the_output(driver: FakeDriver) -> 
 
 def test_threads_that_launch_on_new_streams_at_once_get_workspaces_of_their_own(driver: FakeDriver) -> None:
     case, config = problem(64, 4096), Config(64, 64, 4, parts=2, clustered=False)
-    workspaces = cuda._Workspaces(case, config, torch.device("cpu"))
+    workspaces = Workspaces(case, config, torch.device("cpu"))
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda _: workspaces.another(), range(200)))
     assert len({arrived for _, arrived, _ in found}) == len({parts for *_, parts in found}) == 200
@@ -394,10 +395,10 @@ def test_threads_that_launch_on_new_streams_at_once_get_workspaces_of_their_own(
 
 def test_more_captures_than_counters_in_stock(driver: FakeDriver) -> None:
     made = launched(driver, problem(64, 4096), Config(64, 64, 4, parts=2, clustered=False))
-    for capture in range(1, cuda._Workspaces.STOCK + 5):
+    for capture in range(1, Workspaces.STOCK + 5):
         made.launch(0xABC, capture)
     places = {launch.params.arrived for launch in driver.launches}
-    assert len(places) == cuda._Workspaces.STOCK + 5
+    assert len(places) == Workspaces.STOCK + 5
     assert all(ctypes.cast(place, ctypes.POINTER(ctypes.c_uint32))[:32] == [0] * 32 for place in places)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import as_file, files
@@ -21,7 +20,6 @@ from attnbench.problem import DeviceKind, Problem
 from attnbench_plugins.jit_flash import cuda_driver, cuda_sm80
 from attnbench_plugins.jit_flash.cuda_config import (
     CLUSTERS,
-    MAX_PARTS,
     SHARED_BYTES,
     Config,
     choose,
@@ -30,9 +28,9 @@ from attnbench_plugins.jit_flash.cuda_config import (
     units,
 )
 from attnbench_plugins.jit_flash.cuda_driver import Kernel, Launch, NoContext, capture_of, tensor_map
+from attnbench_plugins.jit_flash.cuda_workspace import Workspaces
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 ARCH, CAPABILITY = "sm_90a", (9, 0)
@@ -277,7 +275,7 @@ def _launch(
     launched = units(problem, config)
     blocks = min(launched, active_clusters(q.device.index)[1]) if config.persistent else launched * config.parts
     params.tiles_in_all = launched
-    workspaces = _Workspaces(problem, config, q.device)
+    workspaces = Workspaces(problem, config, q.device)
     # A graph needs them as long as it is replayed, and whoever replays it keeps the output, but maybe not the call.
     out.attnbench_workspaces = workspaces  # type: ignore[attr-defined]
 
@@ -295,44 +293,6 @@ def _launch(
         shared_bytes=shared_bytes,
         arguments=arguments,
     )
-
-
-class _Workspaces:
-    """What launches that are in flight at once must not share: counters, and where the parts of a tile meet."""
-
-    STOCK = 32
-    """Sets of counters that are zero from the start: clearing one in a capture would clear it at each replay."""
-
-    def __init__(self, problem: Problem, config: Config, device: torch.device) -> None:
-        import torch
-
-        tiles = units(problem, config)
-        self._meeting = config.meets_in_memory
-        counters = tiles * MAX_PARTS if self._meeting else 2 * config.persistent  # 32 bits each, the latter of 64
-        parts = tiles * config.parts * config.part_bytes(problem.head_dim_v) if self._meeting else 0
-        self._stock = list(torch.zeros((self.STOCK, counters), dtype=torch.int32, device=device)) if counters else []
-        self._parts = torch.empty(parts, dtype=torch.uint8, device=device)
-        self._taken: list[tuple[Tensor, Tensor]] = []
-        self._lock = threading.Lock()  # two threads may launch on new streams at once
-        if counters and device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # whichever stream comes first, its counters are zero
-
-    def another(self) -> tuple[int | None, int | None, int | None]:
-        """Addresses of taken, arrived and parts that nobody else has; None for what the kernel does not use."""
-        import torch
-
-        with self._lock:
-            if not (self._stock or self._taken):
-                return None, None, None
-            counters = self._stock.pop() if self._stock else torch.zeros_like(self._taken[0][0])
-            parts = torch.empty_like(self._parts) if self._taken else self._parts
-            self._taken.append((counters, parts))
-        if counters.is_cuda and not torch.cuda.is_current_stream_capturing():
-            for tensor in (counters, parts):  # may be given back while the stream still uses them
-                tensor.record_stream(torch.cuda.current_stream(counters.device))
-        if self._meeting:
-            return None, counters.data_ptr(), parts.data_ptr()
-        return counters.data_ptr(), None, None
 
 
 def _launch_strided(
