@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from attnbench.problem import DEVICE_KINDS, DeviceKind, Problem
@@ -28,6 +29,11 @@ class Backend(Protocol):
     summary: str = ""
     """One line for `attnbench list`."""
     homepage: str = ""
+    libraries: Mapping[str, str] = MappingProxyType({})
+    """The distributions that it calls, beside torch's, as pip knows them, each with the version that it was written for.
+
+    `attnbench list` tells which is installed, and a run records it.
+    """
     sources: Sequence[str] = ()
     """Absolute paths of files and folders that it is made of beside its plugin's own module or package, kernels say.
 
@@ -72,6 +78,11 @@ def faults(backend: object) -> list[str]:
     for text in ("summary", "homepage"):
         if not isinstance(getattr(backend, text, ""), str):
             found.append(f"{text} must be text")
+    libraries = getattr(backend, "libraries", {})
+    if not isinstance(libraries, Mapping) or not all(
+        isinstance(word, str) for item in libraries.items() for word in item
+    ):
+        found.append("libraries must map names of distributions to versions, both as text")
     sources = getattr(backend, "sources", ())
     if not isinstance(sources, (list, tuple)) or not all(isinstance(s, str) and os.path.isabs(s) for s in sources):
         found.append("sources must be a list of absolute paths, as text")

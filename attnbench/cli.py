@@ -88,6 +88,8 @@ def list_backends(
     as_json: AsJson = False,
 ) -> None:
     """List backends: on which device, and whether this machine can run them or why not."""
+    from attnbench.problem import DEVICE_KINDS
+
     with data_stream() as out:
         catalogue = _discover(no_plugin, python)
         kind = None
@@ -95,7 +97,7 @@ def list_backends(
             from attnbench import devices
 
             kind = devices.choose(device).kind
-        found = [b for b in catalogue.backends if kind in (None, b.device)]
+        found = [b for d in DEVICE_KINDS for b in catalogue.backends if b.device == d and kind in (None, d)]
         if as_json:
             fields = ("name", "device", "available", "reason", "summary")
             write_json(
@@ -113,12 +115,13 @@ def list_backends(
                     b.device,
                     "yes" if b.available else "no",
                     f"{b.source.distribution} {b.source.version}",
+                    ", ".join(f"{name} {version}" for name, version in b.libraries if version),
                     b.summary,
                     b.reason or "",
                 ]
                 for b in found
             ]
-            write_table(out, ("backend", "device", "available", "from", "summary", "why not"), rows)
+            write_table(out, ("backend", "device", "available", "from", "library", "summary", "why not"), rows)
         _tell_failures(catalogue)
 
 

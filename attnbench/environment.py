@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -11,7 +10,7 @@ import time
 from typing import Any
 
 from attnbench import contention, sources
-from attnbench.registry import Catalogue
+from attnbench.registry import Catalogue, installed_version
 from attnbench.text import without_home
 
 ENVIRONMENT_VARIABLES = (
@@ -54,9 +53,10 @@ def fingerprint(catalogue: Catalogue) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
-        "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
+        "libraries": _own_libraries() | _libraries(catalogue, elsewhere=False),
         "plugins": _versions(catalogue, elsewhere=False),
         "plugins_of_other_interpreters": _versions(catalogue, elsewhere=True),
+        "libraries_of_other_interpreters": _libraries(catalogue, elsewhere=True),
         "sources": _digests(catalogue),
         "variables": {
             name: value
@@ -65,7 +65,9 @@ def fingerprint(catalogue: Catalogue) -> dict[str, Any]:
         },
         "pto_toolchain": _pto_toolchain(),
         "defaults_of_unset_variables": {
-            name: value for name, value in NPU_DEFAULTS.items() if _version("torch-npu") and name not in os.environ
+            name: value
+            for name, value in NPU_DEFAULTS.items()
+            if installed_version("torch-npu") and name not in os.environ
         },
     }
 
@@ -113,11 +115,14 @@ def _versions(catalogue: Catalogue, *, elsewhere: bool) -> dict[str, str]:
     return {source.distribution: source.version for source in loaded if bool(source.python) == elsewhere}
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _own_libraries() -> dict[str, str]:
+    return {name: version for name in LIBRARIES if (version := installed_version(name))}
+
+
+def _libraries(catalogue: Catalogue, *, elsewhere: bool) -> dict[str, str]:
+    """What the plugins' backends call and is installed."""
+    backends = (info for info in catalogue.backends if bool(info.source.python) == elsewhere)
+    return {name: version for info in backends for name, version in info.libraries if version}
 
 
 def busy_share(seconds: float = 0.3) -> float | None:

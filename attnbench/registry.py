@@ -85,6 +85,9 @@ class BackendInfo:
     reason: str | None
     """Why not available; None where it is."""
     source: EntryPointRef
+    libraries: tuple[tuple[str, str], ...] = ()
+    """The distributions that it calls, with the version installed, which is empty where none is; of a backend of
+    another interpreter torch too."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,10 @@ class Description:
         """As JSON types, without the source, which whoever asked knows."""
         fields = ("name", "device", "summary", "homepage", "reason")
         return {
-            "backends": [{field: getattr(info, field) for field in fields} for info in self.backends],
+            "backends": [
+                {field: getattr(info, field) for field in fields} | {"libraries": dict(info.libraries)}
+                for info in self.backends
+            ],
             "suites": [suite.to_json() for suite in self.suites],
             "load_s": self.load_s,
             "error": self.error,
@@ -170,7 +176,7 @@ class Description:
 
 
 def _backend(data: object, source: EntryPointRef) -> BackendInfo:
-    facts = _table(data, {"name", "device", "summary", "homepage", "reason"})
+    facts = _table(data, {"name", "device", "summary", "homepage", "reason", "libraries"})
     name, device, reason = _text(facts["name"]), facts["device"], facts["reason"]
     if not re.fullmatch(NAME_PATTERN, name):
         raise ValueError(f"{name!r} is no backend's name")
@@ -178,12 +184,22 @@ def _backend(data: object, source: EntryPointRef) -> BackendInfo:
         raise ValueError(f"{device!r} is no device")
     if reason is not None and not _text(reason):
         raise ValueError("an empty reason says nothing")
-    return BackendInfo(name, device, _text(facts["summary"]), _text(facts["homepage"]), reason is None, reason, source)
+    libraries = _table(facts["libraries"])
+    return BackendInfo(
+        name,
+        device,
+        _text(facts["summary"]),
+        _text(facts["homepage"]),
+        reason is None,
+        reason,
+        source,
+        tuple((_text(distribution), _text(version)) for distribution, version in libraries.items()),
+    )
 
 
-def _table(data: object, keys: set[str]) -> Mapping[str, Any]:
-    if not isinstance(data, dict) or set(data) != keys:
-        raise ValueError(f"it is no object of {', '.join(sorted(keys))}")
+def _table(data: object, keys: set[str] | None = None) -> Mapping[str, Any]:
+    if not isinstance(data, dict) or (keys is not None and set(data) != keys):
+        raise ValueError(f"it is no object of {', '.join(sorted(keys or {'names'}))}")
     return data
 
 
@@ -386,7 +402,17 @@ def _describe(backend: Backend, source: EntryPointRef, calls: _Calls) -> Backend
     if reason is not None and not (isinstance(reason, str) and reason):
         raise PluginError(f"{backend.name}.unavailable() returned {reason!r}, neither a reason nor None")
     summary, homepage = getattr(backend, "summary", ""), getattr(backend, "homepage", "")
-    return BackendInfo(backend.name, backend.device, summary, homepage, reason is None, reason, source)
+    names = [*(["torch"] if source.python else []), *getattr(backend, "libraries", ())]
+    libraries = tuple((name, installed_version(name)) for name in names)
+    return BackendInfo(backend.name, backend.device, summary, homepage, reason is None, reason, source, libraries)
+
+
+def installed_version(distribution: str) -> str:
+    """A distribution's version in this environment; empty where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _trace(error: BaseException) -> str:

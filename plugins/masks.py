@@ -1,4 +1,4 @@
-"""The mask of a problem as a torch tensor, for plugins whose library wants one."""
+"""The mask of a problem as a torch tensor or as flash-attn's window, for plugins whose library wants one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from attnbench import Problem
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+WHOLE = -1
+"""Of flash-attn's window: that the side has no limit."""
+
+
+def window_size(problem: Problem) -> tuple[int, int]:
+    """How many keys to the left and to the right of its own a query sees, as flash-attn's `window_size` counts them."""
+    side = WHOLE if problem.window is None else problem.window - 1
+    return (side, 0 if problem.causal else side)
 
 
 def visible(problem: Problem, device: torch.device) -> Tensor | None:

@@ -23,14 +23,15 @@ MultiHeadAttention has a kernel for fp32 alone: fp16 and bf16 are cast in the gr
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench_plugins.folding import fold, folded_visible
+from attnbench_plugins.packages import missing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,12 +51,11 @@ class OnnxRuntime(Backend):
     device: DeviceKind = "cpu"
     summary = "ONNX Runtime's MultiHeadAttention or GroupQueryAttention (its CPU provider)"
     homepage = "https://onnxruntime.ai"
+    libraries = MappingProxyType({"onnxruntime": "1.32.0", "onnx": "1.23.2"})
 
     def unavailable(self) -> str | None:
-        for package in ("onnxruntime", "onnx"):  # the second writes the model that the first reads
-            if importlib.util.find_spec(package) is None:
-                return f"{package} is not installed: pip install 'attnbench[peers]'"
-        return None
+        # onnx writes the model that onnxruntime reads.
+        return missing("onnxruntime", "onnxruntime") or missing("onnx", "onnxruntime")
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":

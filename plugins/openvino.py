@@ -8,13 +8,14 @@ has no arithmetic for fp16 or bf16. The conversions are then OpenVINO's own, and
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterable
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench_plugins.folding import fold, folded_visible
+from attnbench_plugins.packages import missing
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +29,10 @@ class OpenVino(Backend):
     device: DeviceKind = "cpu"
     summary = "OpenVINO's ScaledDotProductAttention op (its CPU plugin)"
     homepage = "https://docs.openvino.ai"
+    libraries = MappingProxyType({"openvino": "2026.4.1"})
 
     def unavailable(self) -> str | None:
-        if importlib.util.find_spec("openvino") is None:
-            return "openvino is not installed: pip install 'attnbench[peers]'"
-        return None
+        return missing("openvino", "openvino")
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":

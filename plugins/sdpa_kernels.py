@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem
 from attnbench.problem import DeviceKind
+from attnbench_plugins.packages import GPU, no_gpu
 from attnbench_plugins.sdpa import Sdpa, attending
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class SdpaKernel(Backend):
         kernel: str,
         refusal: Callable[[Problem], str | None],
         *,
-        least_capability: tuple[int, int] = (5, 0),
+        least_capability: GPU = (5, 0),
         not_built: Callable[[], str | None] = lambda: None,
         lower_right: bool = False,
         zeros: bool = False,
@@ -49,16 +50,7 @@ class SdpaKernel(Backend):
         self._lower_right, self._zeros = lower_right, zeros
 
     def unavailable(self) -> str | None:
-        reason = self._sdpa.unavailable()
-        if reason is not None:
-            return reason
-        import torch
-
-        capability = torch.cuda.get_device_capability()
-        if capability < self._least_capability:
-            has, needs = (".".join(map(str, pair)) for pair in (capability, self._least_capability))
-            return f"it needs a GPU of compute capability {needs}, and this one has {has}"
-        return self._not_built()
+        return no_gpu(self._least_capability) or self._not_built()
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction == "fwd" and self._zeros:

@@ -48,6 +48,7 @@ def test_the_fingerprint_is_an_allow_list():
         "torch_cpu_capability",
         "cuda",
         "libraries",
+        "libraries_of_other_interpreters",
         "plugins",
         "plugins_of_other_interpreters",
         "sources",

@@ -85,7 +85,7 @@ def test_on_a_gpu_they_are_available_where_it_has_the_instructions(gpu) -> None:
     gpu(9, 0)
     assert [backend.unavailable() for backend in PEERS] == [None] * 5
     gpu(7, 5)
-    reason = "it needs a GPU of compute capability 8.0, and this one has 7.5"
+    reason = "it needs a GPU of compute capability 8.0 or later, and this one has 7.5"
     assert [backend.unavailable() for backend in PEERS] == [reason, reason, None, None, None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -67,18 +68,25 @@ def test_a_vendors_package_is_an_extra_and_never_a_default(pyproject: dict) -> N
     assert any(need.startswith("torch-npu") for need in pyproject["project"]["optional-dependencies"]["npu"])
     assert not any(need.startswith("torch-npu") for need in pyproject["project"]["dependencies"])
     for peer in ("onnx", "onnxruntime", "openvino"):
-        assert any(need.startswith(f"{peer}>") for need in pyproject["project"]["optional-dependencies"]["peers"])
+        assert any(need.startswith(f"{peer}>") for need in needs_of(pyproject, "peers"))
         assert not any(need.startswith(peer) for need in pyproject["project"]["dependencies"])
+
+
+def needs_of(pyproject: dict, extra: str) -> list[str]:
+    """What an extra installs, and the extras in it."""
+    found: list[str] = []
+    for need in pyproject["project"]["optional-dependencies"][extra]:
+        own = re.fullmatch(r"attnbench\[([\w,]+)\]", need)
+        found += [n for inner in own[1].split(",") for n in needs_of(pyproject, inner)] if own else [need]
+    return found
 
 
 def test_what_make_installs_is_pinned(pyproject: dict) -> None:
     pins = {
         line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     }
-    extras = pyproject["project"]["optional-dependencies"]
-    assert "attnbench[peers]" in extras["test"], "what is not installed is not tested"
-    test = [need for need in extras["test"] if need != "attnbench[peers]"]
-    for need in (*pyproject["project"]["dependencies"], *test, *extras["peers"], *extras["docs"]):
+    assert "attnbench[peers]" in pyproject["project"]["optional-dependencies"]["test"], "not installed, not tested"
+    for need in (*pyproject["project"]["dependencies"], *needs_of(pyproject, "test"), *needs_of(pyproject, "docs")):
         name = need.partition(">")[0].partition(";")[0].partition("[")[0].strip().lower()
         assert name in pins or "python_version < " in need, need
 

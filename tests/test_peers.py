@@ -50,9 +50,9 @@ def tensors(case: Problem, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("backend", "absent", "reason"),
     [
-        (OpenVino(), "openvino", "openvino is not installed: pip install 'attnbench[peers]'"),
-        (OnnxRuntime(), "onnxruntime", "onnxruntime is not installed: pip install 'attnbench[peers]'"),
-        (OnnxRuntime(), "onnx", "onnx is not installed: pip install 'attnbench[peers]'"),
+        (OpenVino(), "openvino", "openvino is not installed: pip install 'attnbench[openvino]'"),
+        (OnnxRuntime(), "onnxruntime", "onnxruntime is not installed: pip install 'attnbench[onnxruntime]'"),
+        (OnnxRuntime(), "onnx", "onnx is not installed: pip install 'attnbench[onnxruntime]'"),
     ],
 )
 def test_a_missing_package_is_named_with_the_extra_that_has_it(
