@@ -16,7 +16,7 @@ def missing(module: str, extra: str) -> str | None:
 
 
 def no_gpu(least: GPU = (0, 0), below: GPU | None = None) -> str | None:
-    """Why there is no GPU of compute capability `least` or later (and, with `below`, less than that); None where one is."""
+    """Why there is no GPU of compute capability `least` or later, and less than `below`; None where one is."""
     from attnbench.devices import device
 
     if reason := device("cuda").unavailable():

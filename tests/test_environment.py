@@ -105,7 +105,7 @@ def test_settings_that_move_timings_are_recorded(monkeypatch, value):
 
 
 def test_beside_torch_npu_the_default_of_a_variable_that_is_not_set_is_recorded(monkeypatch):
-    monkeypatch.setattr(environment, "_version", lambda name: "2.13.0")
+    monkeypatch.setattr(environment, "installed_version", lambda name: "2.13.0")
     queue_and_more = {"ASCEND_LAUNCH_BLOCKING": "0", "PER_STREAM_QUEUE": "0", "TASK_QUEUE_ENABLE": "1"}
     assert fingerprint(CATALOGUE)["defaults_of_unset_variables"] == queue_and_more
     monkeypatch.setenv("TASK_QUEUE_ENABLE", "2")
