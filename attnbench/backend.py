@@ -30,7 +30,7 @@ class Backend(Protocol):
     """One line for `attnbench list`."""
     homepage: str = ""
     libraries: Mapping[str, str] = MappingProxyType({})
-    """The distributions that it calls, beside torch's, as pip knows them, each with the version that it was written for.
+    """The distributions that it calls beside torch, as pip knows them, each with the version that it was written for.
 
     `attnbench list` tells which is installed, and a run records it.
     """
