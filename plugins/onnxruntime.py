@@ -55,7 +55,8 @@ class OnnxRuntime(Backend):
 
     def unavailable(self) -> str | None:
         # onnx writes the model that onnxruntime reads.
-        return missing("onnxruntime", "onnxruntime") or missing("onnx", "onnxruntime")
+        reason: str | None = missing("onnxruntime", "onnxruntime") or missing("onnx", "onnxruntime")
+        return reason
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":

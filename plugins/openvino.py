@@ -32,7 +32,8 @@ class OpenVino(Backend):
     libraries = MappingProxyType({"openvino": "2026.4.1"})
 
     def unavailable(self) -> str | None:
-        return missing("openvino", "openvino")
+        reason: str | None = missing("openvino", "openvino")
+        return reason
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":
