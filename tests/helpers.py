@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ASCEND_CSV = ROOT / "reports" / "ascend-910b2" / "results.csv"
 SCRIPT = Path(sys.executable).parent / "attnbench"
 BUILT_IN = [
+    *("flash_attn", "flash_attn_3", "flash_attn_4"),
     *("flex_attention", "gemm_ref", "jit_flash", "npu_fused_attention", "npu_fusion_attention"),
     *("npu_incre_flash_attention", "npu_prompt_flash_attention", "onnxruntime", "openvino"),
     *(
@@ -31,11 +32,13 @@ BUILT_IN = [
         "sdpa_flash",
         "sdpa_math",
         "sdpa_upcast",
+        "xformers",
     ),
 ]
 """attnbench's own entry points, in the order in which they are listed."""
 
 OFF_CPU = (
+    *("flash_attn", "flash_attn_3", "flash_attn_4", "xformers"),
     *("flex_attention", "npu_fused_attention", "npu_fusion_attention", "npu_incre_flash_attention"),
     *(
         "npu_prompt_flash_attention",

@@ -1,0 +1,64 @@
+"""FlashAttention-2 of the distribution flash-attn, in as many splits as are fastest. Knows nothing of its kernels.
+
+Its function for a cache of keys is the one that lets the caller choose the splits; with no cache lengths it is the same
+attention. The limits are those of its mha_fwd_kvcache (csrc/flash_attn/flash_api.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from attnbench import Backend, Problem, hookimpl
+from attnbench.problem import DeviceKind
+from attnbench_plugins.flash_attn_family import (
+    HOMEPAGE,
+    LOST_WINDOW,
+    attending,
+    cores,
+    loses_window,
+    not_installed,
+    split_counts,
+)
+from attnbench_plugins.packages import no_gpu
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEAD_DIM = 256
+
+
+class FlashAttn(Backend):
+    """flash_attn_with_kvcache, which is flash_attn_func with a choice of splits."""
+
+    name = "flash_attn"
+    device: DeviceKind = "cuda"
+    summary = "FlashAttention-2, in the fastest number of splits (flash-attn)"
+    homepage = HOMEPAGE
+    libraries = MappingProxyType({"flash-attn": "2.8.3.post2"})
+
+    def unavailable(self) -> str | None:
+        return no_gpu((8, 0)) or not_installed("flash-attn")
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.direction != "fwd":
+            return "forward only"
+        if problem.dtype == "fp32":
+            return "fp16 and bf16 only"
+        if problem.head_dim != problem.head_dim_v:
+            return "one head size for q, k and v"
+        if problem.head_dim > MAX_HEAD_DIM:
+            return f"head sizes up to {MAX_HEAD_DIM}"
+        return LOST_WINDOW if loses_window(problem) else None
+
+    def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        from flash_attn import flash_attn_with_kvcache
+
+        choices = [{"num_splits": count} for count in split_counts(problem, cores(q))]
+        return attending(flash_attn_with_kvcache, choices, problem, q, k, v)
+
+
+@hookimpl
+def attnbench_backends() -> Iterable[Backend]:
+    return [FlashAttn()]

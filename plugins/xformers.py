@@ -1,0 +1,149 @@
+"""xFormers' memory_efficient_attention with the fastest of its operators. Knows nothing of their kernels.
+
+FlashAttention-3 (compiled into 0.0.34, or flash-attn-3), FlashAttention-2 (flash-attn, or torch's), torch's CUTLASS
+kernel and xFormers' own split-K kernel in Triton. Each operator says itself what it cannot do, and is left out then;
+what is refused here none of them can.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from attnbench import Backend, Problem, hookimpl
+from attnbench.problem import DeviceKind
+from attnbench.registry import installed_version
+from attnbench_plugins.fastest import fastest
+from attnbench_plugins.flash_attn_family import LOST_WINDOW, is_blackwell, loses_window
+from attnbench_plugins.packages import missing, no_gpu
+from attnbench_plugins.sdpa_kernels import odd_head_dim
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLASH_MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 65536
+MOST_SPLIT_ROWS = 256
+"""Of queries: beyond that the split-K kernel, whose tiles have 32 of them, is not worth trying."""
+
+
+class XFormers(Backend):
+    """memory_efficient_attention_forward, grouped heads as BMGHK views, masks as its own classes of bias."""
+
+    name = "xformers"
+    device: DeviceKind = "cuda"
+    summary = "memory_efficient_attention with the fastest of its operators (xFormers)"
+    homepage = "https://facebookresearch.github.io/xformers/"
+    libraries = MappingProxyType({"xformers": "0.0.34"})
+
+    def unavailable(self) -> str | None:
+        return no_gpu((8, 0)) or missing("xformers", "xformers") or _misplaced_flash_attn() or _other_cuda()
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.direction != "fwd":
+            return "forward only"
+        if reason := odd_head_dim(problem, 4 if problem.dtype == "fp32" else 8):
+            return reason
+        if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+            return f"head sizes up to {MAX_HEAD_DIM}"
+        if operators(problem):
+            return None
+        if loses_window(problem):
+            return LOST_WINDOW
+        what = "on Blackwell"
+        if not is_blackwell():
+            what = "a query that sees no key" if problem.causal else "a window that is not causal"
+        return f"{what} only in fp16 and bf16, for one head size up to {FLASH_MAX_HEAD_DIM}"
+
+    def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        from xformers.ops import fmha
+
+        tensors, bias, scale = layout(problem, q, k, v), attn_bias(problem), problem.softmax_scale
+        shape = (problem.batch, problem.seqlen_q, problem.heads_q, problem.head_dim_v)
+
+        def calling(operator: Any) -> Callable[[], Tensor]:
+            def call() -> Tensor:
+                output: Tensor = fmha.memory_efficient_attention_forward(*tensors, bias, scale=scale, op=operator)
+                return output.reshape(shape).transpose(1, 2)
+
+            return call
+
+        return fastest([calling(getattr(fmha, module).FwOp) for module in operators(problem)])
+
+
+def operators(problem: Problem) -> list[str]:
+    """The modules of xformers.ops.fmha whose operator is right for a problem, where it takes it."""
+    half, same = problem.dtype != "fp32", problem.head_dim == problem.head_dim_v <= FLASH_MAX_HEAD_DIM
+    if half and same and not loses_window(problem):
+        found = ["flash3", "flash"]
+        split = not problem.causal and problem.window is None and problem.seqlen_q <= MOST_SPLIT_ROWS
+        return found + (["triton_splitk"] if split else []) + (["cutlass"] if _fits_cutlass(problem) else [])
+    if not _fits_cutlass(problem):
+        return []
+    return ["flash3", "cutlass"] if half else ["cutlass"]
+
+
+def _fits_cutlass(problem: Problem) -> bool:
+    """It has no window to both sides, gives a query that sees no key no zeros, and is refused after Hopper."""
+    return (
+        (problem.causal or problem.window is None) and problem.visible_rows == problem.seqlen_q and not is_blackwell()
+    )
+
+
+def layout(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """BHSD tensors as the views that xFormers takes: BMHK, or where heads are grouped BMGHK with the keys expanded."""
+    if problem.heads_q == problem.heads_kv:
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    group = problem.heads_q // problem.heads_kv
+
+    def expanded(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2).unsqueeze(3).expand(-1, -1, -1, group, -1)
+
+    return q.unflatten(1, (problem.heads_kv, group)).permute(0, 3, 1, 2, 4), expanded(k), expanded(v)
+
+
+def attn_bias(problem: Problem) -> Any:
+    """The mask as one of xFormers' classes, all of them aligned bottom-right; None where there is none."""
+    from xformers.ops.fmha import attn_bias as biases
+
+    if problem.causal:
+        causal = biases.LowerTriangularFromBottomRightMask()
+        return causal if problem.window is None else causal.make_local_attention(problem.window)
+    if problem.window is None:
+        return None
+    return biases.LocalAttentionFromBottomRightMask(problem.window - 1, problem.window - 1)
+
+
+def _misplaced_flash_attn() -> str | None:
+    """That xFormers cannot be imported, since it takes any folder flash_attn for FlashAttention-2."""
+    if importlib.util.find_spec("flash_attn") is None or installed_version("flash-attn"):
+        return None
+    return "it cannot be imported beside flash-attn-4 without flash-attn: give it an environment of its own"
+
+
+def _other_cuda() -> str | None:
+    """That its library is built for a CUDA runtime that is not here: then every operator refuses every problem."""
+    import torch
+
+    spec = importlib.util.find_spec("xformers")
+    facts = Path(spec.origin).with_name("cpp_lib.json") if spec is not None and spec.origin else None
+    if facts is None or not facts.is_file():
+        return None
+    built_for = int(json.loads(facts.read_text(encoding="utf-8"))["version"]["cuda"] or 0) // 100
+    if not built_for or str(torch.version.cuda).startswith(f"{built_for}."):
+        return None
+    try:
+        ctypes.CDLL(f"libcudart.so.{built_for}")
+    except OSError:
+        return f"this xformers is built for CUDA {built_for}, and libcudart.so.{built_for} is not found"
+    return None
+
+
+@hookimpl
+def attnbench_backends() -> Iterable[Backend]:
+    return [XFormers()]
