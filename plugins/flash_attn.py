@@ -14,10 +14,9 @@ from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench_plugins.flash_attn_family import (
     HOMEPAGE,
-    LOST_WINDOW,
     attending,
     cores,
-    loses_window,
+    lost_window,
     not_installed,
     split_counts,
 )
@@ -39,7 +38,8 @@ class FlashAttn(Backend):
     libraries = MappingProxyType({"flash-attn": "2.8.3.post2"})
 
     def unavailable(self) -> str | None:
-        return no_gpu((8, 0)) or not_installed("flash-attn")
+        reason: str | None = no_gpu((8, 0)) or not_installed("flash-attn")
+        return reason
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":
@@ -50,13 +50,15 @@ class FlashAttn(Backend):
             return "one head size for q, k and v"
         if problem.head_dim > MAX_HEAD_DIM:
             return f"head sizes up to {MAX_HEAD_DIM}"
-        return LOST_WINDOW if loses_window(problem) else None
+        lost: str | None = lost_window(problem)
+        return lost
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         from flash_attn import flash_attn_with_kvcache
 
         choices = [{"num_splits": count} for count in split_counts(problem, cores(q))]
-        return attending(flash_attn_with_kvcache, choices, problem, q, k, v)
+        call: Callable[[], Tensor] = attending(flash_attn_with_kvcache, choices, problem, q, k, v)
+        return call
 
 
 @hookimpl

@@ -38,14 +38,13 @@ class FlashAttn3(Backend):
     libraries = MappingProxyType({"flash-attn-3": "3.0.0", "fa3-fwd": "0.0.3"})
 
     def unavailable(self) -> str | None:
-        if reason := no_gpu((9, 0), (10, 0)):
-            return reason
-        if installed() is None:
+        reason: str | None = no_gpu((9, 0), (10, 0))
+        if reason is None and installed() is None:
             return (
                 "flash_attn_interface is not installed: pip install 'attnbench[fa3-fwd]' for bf16 without windows, "
                 "or build the folder hopper of the flash-attention repository"
             )
-        return None
+        return reason
 
     def unsupported(self, problem: Problem) -> str | None:
         module = installed()
@@ -57,8 +56,9 @@ class FlashAttn3(Backend):
             return "fp16 and bf16 only"
         if problem.dtype == "fp16" and "FP16" in left_out:
             return f"this {module} is built without fp16"
-        if reason := odd_head_dim(problem, HEAD_DIM_MULTIPLE):
-            return reason
+        odd: str | None = odd_head_dim(problem, HEAD_DIM_MULTIPLE)
+        if odd:
+            return odd
         largest = max((size for size in HEAD_DIMS if f"HDIM{size}" not in left_out), default=0)
         if d > largest:
             return f"head sizes up to {largest}"
@@ -73,7 +73,8 @@ class FlashAttn3(Backend):
         choices: list[dict[str, Any]] = [{"num_splits": count} for count in split_counts(problem, cores(q))]
         if problem.heads_q != problem.heads_kv:  # in splits the heads of a group are always packed
             choices += [{"num_splits": 1, "pack_gqa": packed} for packed in (True, False)]
-        return attending(attend, choices, problem, q, k, v)
+        call: Callable[[], Tensor] = attending(attend, choices, problem, q, k, v)
+        return call
 
 
 def installed() -> str | None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 DISTRIBUTION = "flash-attn-4"
 INTERFACE = "flash_attn/cute/interface.py"
 MAX_HEAD_DIM = 256
+WIDE_TILE_HEAD_DIM, WIDE_TILE_MAX_VALUES = 96, 192
+"""Up to that head size Hopper's tiles have 192 queries, not 128, and ptxas finds no registers for more values."""
 BLACKWELL_HEAD_DIM = 128
 BLACKWELL_PAIRS = ((192, 128), (256, 256))
 """Beside any two up to that."""
@@ -46,7 +48,7 @@ class FlashAttn4(Backend):
     libraries = MappingProxyType({DISTRIBUTION: "4.0.0b36"})
 
     def unavailable(self) -> str | None:
-        return no_gpu((9, 0), (12, 0)) or not_installed(DISTRIBUTION) or overwritten()
+        return no_gpu((9, 0)) or not_installed(DISTRIBUTION) or overwritten()
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":
@@ -63,7 +65,8 @@ class FlashAttn4(Backend):
             choices = [{"num_splits": count} for count in split_counts(problem, cores(q))]
         if problem.heads_q != problem.heads_kv:  # by itself it packs the heads of a group, always
             choices.append({"pack_gqa": False})
-        return attending(flash_attn_func, choices, problem, q, k, v)
+        call: Callable[[], Tensor] = attending(flash_attn_func, choices, problem, q, k, v)
+        return call
 
 
 def _other_head_dims(d: int, e: int) -> str | None:
@@ -72,7 +75,11 @@ def _other_head_dims(d: int, e: int) -> str | None:
         if max(d, e) <= BLACKWELL_HEAD_DIM or (d, e) in BLACKWELL_PAIRS:
             return None
         return f"on Blackwell head sizes up to {BLACKWELL_HEAD_DIM}, 192×128 and 256"
-    return f"head sizes up to {MAX_HEAD_DIM}" if max(d, e) > MAX_HEAD_DIM else None
+    if max(d, e) > MAX_HEAD_DIM:
+        return f"head sizes up to {MAX_HEAD_DIM}"
+    if d <= WIDE_TILE_HEAD_DIM and e > WIDE_TILE_MAX_VALUES:
+        return f"values of up to {WIDE_TILE_MAX_VALUES} for head sizes up to {WIDE_TILE_HEAD_DIM}"
+    return None
 
 
 def overwritten() -> str | None:

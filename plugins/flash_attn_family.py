@@ -24,7 +24,6 @@ HEAD_DIM_MULTIPLE = 8
 """Rows are loaded 16 bytes at once, in fp16 and bf16."""
 TILE = 128
 """Of queries and of keys, about: what the kernels take for head size 128."""
-LOST_WINDOW = "it drops a window of more than seqlen_k on both sides"
 MOST_SPLITS = 128
 WAVES = 2
 """More parts than twice the cores hold only add to what is combined afterwards."""
@@ -47,13 +46,14 @@ def masking(problem: Problem) -> dict[str, Any]:
     return found if problem.window is None else found | {"window_size": window_size(problem)}
 
 
-def loses_window(problem: Problem) -> bool:
-    """Whether FlashAttention-2 would drop the window: it does on a side that reaches as far as there are keys.
+def lost_window(problem: Problem) -> str | None:
+    """That FlashAttention-2 would drop the window: it does on a side that reaches as far as there are keys.
 
     That is right of keys before a query's position. After it, the queries that stand before the first key by more than
     the window see none.
     """
-    return problem.window is not None and not problem.causal and problem.seqlen_k < problem.window < problem.seqlen_q
+    lost = problem.window is not None and not problem.causal and problem.seqlen_k < problem.window < problem.seqlen_q
+    return "FlashAttention-2 drops a window of more than seqlen_k keys to both sides" if lost else None
 
 
 def split_counts(problem: Problem, cores: int) -> list[int]:
@@ -77,10 +77,9 @@ def is_blackwell() -> bool:
 
 def cores(tensor: Tensor) -> int:
     """How many cores the tensor's device has."""
-    from attnbench.devices import DeviceKind, device
+    from attnbench.devices import device
 
-    kind: DeviceKind = "cuda" if tensor.is_cuda else "cpu"
-    return device(kind).info().cores or 1
+    return device("cuda" if tensor.is_cuda else "cpu").info().cores or 1
 
 
 def attending(
@@ -98,4 +97,5 @@ def attending(
 
         return call
 
-    return fastest([calling(choice) for choice in choices])
+    chosen: Callable[[], Tensor] = fastest([calling(choice) for choice in choices])
+    return chosen

@@ -19,7 +19,7 @@ from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench.registry import installed_version
 from attnbench_plugins.fastest import fastest
-from attnbench_plugins.flash_attn_family import LOST_WINDOW, is_blackwell, loses_window
+from attnbench_plugins.flash_attn_family import is_blackwell, lost_window
 from attnbench_plugins.packages import missing, no_gpu
 from attnbench_plugins.sdpa_kernels import odd_head_dim
 
@@ -42,19 +42,24 @@ class XFormers(Backend):
     libraries = MappingProxyType({"xformers": "0.0.34"})
 
     def unavailable(self) -> str | None:
-        return no_gpu((8, 0)) or missing("xformers", "xformers") or _misplaced_flash_attn() or _other_cuda()
+        reason: str | None = (
+            no_gpu((8, 0)) or missing("xformers", "xformers") or _misplaced_flash_attn() or _other_cuda()
+        )
+        return reason
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":
             return "forward only"
-        if reason := odd_head_dim(problem, 4 if problem.dtype == "fp32" else 8):
-            return reason
+        odd: str | None = odd_head_dim(problem, 4 if problem.dtype == "fp32" else 8)
+        if odd:
+            return odd
         if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
             return f"head sizes up to {MAX_HEAD_DIM}"
         if operators(problem):
             return None
-        if loses_window(problem):
-            return LOST_WINDOW
+        lost: str | None = lost_window(problem)
+        if lost:
+            return lost
         what = "on Blackwell"
         if not is_blackwell():
             what = "a query that sees no key" if problem.causal else "a window that is not causal"
@@ -73,13 +78,14 @@ class XFormers(Backend):
 
             return call
 
-        return fastest([calling(getattr(fmha, module).FwOp) for module in operators(problem)])
+        chosen: Callable[[], Tensor] = fastest([calling(getattr(fmha, name).FwOp) for name in operators(problem)])
+        return chosen
 
 
 def operators(problem: Problem) -> list[str]:
     """The modules of xformers.ops.fmha whose operator is right for a problem, where it takes it."""
     half, same = problem.dtype != "fp32", problem.head_dim == problem.head_dim_v <= FLASH_MAX_HEAD_DIM
-    if half and same and not loses_window(problem):
+    if half and same and not lost_window(problem):
         found = ["flash3", "flash"]
         split = not problem.causal and problem.window is None and problem.seqlen_q <= MOST_SPLIT_ROWS
         return found + (["triton_splitk"] if split else []) + (["cutlass"] if _fits_cutlass(problem) else [])
@@ -104,7 +110,8 @@ def layout(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, T
     def expanded(tensor: Tensor) -> Tensor:
         return tensor.transpose(1, 2).unsqueeze(3).expand(-1, -1, -1, group, -1)
 
-    return q.unflatten(1, (problem.heads_kv, group)).permute(0, 3, 1, 2, 4), expanded(k), expanded(v)
+    grouped = q.view(problem.batch, problem.heads_kv, group, *q.shape[2:])
+    return grouped.permute(0, 3, 1, 2, 4), expanded(k), expanded(v)
 
 
 def attn_bias(problem: Problem) -> Any:
@@ -140,7 +147,10 @@ def _other_cuda() -> str | None:
     try:
         ctypes.CDLL(f"libcudart.so.{built_for}")
     except OSError:
-        return f"this xformers is built for CUDA {built_for}, and libcudart.so.{built_for} is not found"
+        return (
+            f"this xformers is built for CUDA {built_for}, and libcudart.so.{built_for} is not found: "
+            f"put the folder lib of nvidia-cuda-runtime-cu{built_for} on LD_LIBRARY_PATH"
+        )
     return None
 
 
