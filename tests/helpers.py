@@ -19,38 +19,30 @@ from attnbench.result import Check, Measurement, Result, Status
 ROOT = Path(__file__).resolve().parents[1]
 ASCEND_CSV = ROOT / "reports" / "ascend-910b2" / "results.csv"
 SCRIPT = Path(sys.executable).parent / "attnbench"
-BUILT_IN = [
-    *("flash_attn", "flash_attn_3", "flash_attn_4"),
-    *("flex_attention", "gemm_ref", "jit_flash", "npu_fused_attention", "npu_fusion_attention"),
-    *("npu_incre_flash_attention", "npu_prompt_flash_attention", "onnxruntime", "openvino"),
-    *(
-        "pto_demo_flash",
-        "pto_flash_attention",
-        "sdpa",
-        "sdpa_cudnn",
-        "sdpa_efficient",
-        "sdpa_flash",
-        "sdpa_math",
-        "sdpa_upcast",
-        "xformers",
-    ),
+ON_CPU = ["gemm_ref", "jit_flash", "onnxruntime", "openvino", "sdpa", "sdpa_upcast"]
+OFF_CPU = [
+    "cudnn_frontend",
+    "flash_attn",
+    "flash_attn_3",
+    "flash_attn_4",
+    "flashinfer_fa2",
+    "flashinfer_fa3",
+    "flex_attention",
+    "npu_fused_attention",
+    "npu_fusion_attention",
+    "npu_incre_flash_attention",
+    "npu_prompt_flash_attention",
+    "pto_demo_flash",
+    "pto_flash_attention",
+    "sdpa_cudnn",
+    "sdpa_efficient",
+    "sdpa_flash",
+    "sdpa_math",
+    "transformer_engine",
+    "xformers",
 ]
-"""attnbench's own entry points, in the order in which they are listed."""
-
-OFF_CPU = (
-    *("flash_attn", "flash_attn_3", "flash_attn_4", "xformers"),
-    *("flex_attention", "npu_fused_attention", "npu_fusion_attention", "npu_incre_flash_attention"),
-    *(
-        "npu_prompt_flash_attention",
-        "pto_demo_flash",
-        "pto_flash_attention",
-        "sdpa_cudnn",
-        "sdpa_efficient",
-        "sdpa_flash",
-        "sdpa_math",
-    ),
-)
-"""Those of them that no CPU runs."""
+BUILT_IN = sorted([*ON_CPU, *OFF_CPU])
+"""attnbench's own entry points, in the order in which they are listed; some of ON_CPU are on other devices too."""
 
 TINY = ("--seqlen-q", "16", "--seqlen-k", "32", "--head-dim", "32")
 QUICK = ("--protocol", "fixed", "--warmup", "1", "--iters", "4")
