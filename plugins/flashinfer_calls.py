@@ -118,8 +118,8 @@ def packed_mask(problem: Problem, device: torch.device) -> Tensor | None:
     seen = visible(problem, device) if masked(problem) else None
     if seen is None:
         return None
-    bits = torch.nn.functional.pad(seen.flatten(), (0, -seen.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, device=device)).sum(1).to(torch.uint8)
+    bits = torch.nn.functional.pad(seen.flatten(), (0, -seen.numel() % 8)).view(-1, 8).byte()
+    return (bits << torch.arange(8, dtype=torch.uint8, device=device)).sum(1, dtype=torch.uint8)
 
 
 def single_prefill(problem: Problem, q: Tensor, k: Tensor, v: Tensor, template: str) -> Call:
