@@ -36,6 +36,7 @@ $(DOCS_READY): $(READY)
 
 docs: $(DOCS_READY)
 	$(BIN)/python tools/cli_docs.py --check
+	$(BIN)/python tools/backends_docs.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "the site is in build/site"
 

@@ -6,6 +6,7 @@ Limits are those of op-plugin's pages of August 2026 for Atlas A2 and A3. Nothin
 from __future__ import annotations
 
 import importlib
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from attnbench import Problem
@@ -25,6 +26,7 @@ LONGEST = 20 << 20
 LONGEST_DECODE = 1 << 18
 """Keys of a single query."""
 HOMEPAGE = "https://gitcode.com/Ascend/op-plugin"
+LIBRARIES = MappingProxyType({"torch-npu": "2.13.0"})
 
 
 def operator(name: str) -> Any:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from attnbench import Backend, Problem, hookimpl
@@ -28,6 +29,7 @@ class PtoFlashAttention(Backend):
     device: DeviceKind = "npu"
     summary = "pto_kernels.pto_flash_attention and a cast to fp16 (not yet run on hardware)"
     homepage = "https://pypi.org/project/pto-kernels"
+    libraries = MappingProxyType({"pto-kernels": "0.1.7", "torch-npu": "2.10.0"})
 
     def unavailable(self) -> str | None:
         from attnbench.devices import device

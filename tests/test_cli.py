@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
 import os
 import re
@@ -311,6 +312,26 @@ def test_list_json_has_exactly_the_contracts_keys(cli: Cli, plugins: PluginFolde
     assert "pip install 'attnbench[npu]'" in npu["reason"]
     assert "note: plugin broken of toy-dist failed to load: RuntimeError: no licence" in answer.err
     assert {entry["device"] for entry in json.loads(cli("list", "--json", "--device", "npu").out)} == {"npu"}
+
+
+def test_list_groups_by_device_and_shows_which_library_is_installed(cli: Cli, plugins: PluginFolder) -> None:
+    plugins.add(
+        """
+        Toy.libraries = {"pluggy": "1.0", "no-such-library": "2"}
+
+        @attnbench.hookimpl
+        def attnbench_backends():
+            return [Toy("one", "npu"), Toy("two", "cpu")]
+        """
+    )
+    lines = cli("list").out.splitlines()[2:]
+    devices = [line.split()[1] for line in lines]
+    assert devices == sorted(devices), "cpu, cuda, npu"
+    shown = {line.split()[0]: line for line in lines}
+    version = importlib.metadata.version("pluggy")
+    for name in ("one", "two"):
+        assert f"pluggy {version}" in shown[name]
+        assert "no-such-library" not in shown[name]
 
 
 def test_plugins_shows_load_times_and_with_trace_what_was_called(cli: Cli, plugins: PluginFolder) -> None:

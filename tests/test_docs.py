@@ -21,8 +21,10 @@ from attnbench.report.tables import DETAIL_COLUMNS, Tables
 from attnbench.result import Status
 
 DOCS = ROOT / "docs"
+GENERATED = {"cli_docs": DOCS / "cli.md", "backends_docs": DOCS / "backends.md"}
+"""Pages by the tool that makes them."""
 PAGES = sorted(DOCS.rglob("*.md"))
-WRITTEN = [page for page in (*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md") if page != DOCS / "cli.md"]
+WRITTEN = [page for page in (*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md") if page not in GENERATED.values()]
 MADE_UP = ("/envs/", "reports/NAME", "RUN", "NAME", "OLD", "my_", "my-", ".toml")
 """What stands in a command for something of the reader's own, so that only its options can be tried."""
 
@@ -54,28 +56,32 @@ def commands(alone: bool) -> list[str]:
     return sorted({re.split(r" {2,}| #| > ", line)[0] for line in found})
 
 
-def test_the_commands_page_is_what_the_command_line_says() -> None:
-    made = runpy.run_path(str(ROOT / "tools" / "cli_docs.py"))["page"]()
-    assert text(DOCS / "cli.md") == made, "run python tools/cli_docs.py"
+@pytest.mark.parametrize("tool", GENERATED)
+def test_a_generated_page_is_current(tool: str) -> None:
+    made = runpy.run_path(str(ROOT / "tools" / f"{tool}.py"))["page"]()
+    assert text(GENERATED[tool]) == made, f"run python tools/{tool}.py"
 
 
-def test_a_stale_commands_page_is_exit_1_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = runpy.run_path(str(ROOT / "tools" / "cli_docs.py"))
-    main = tool["main"]
-    monkeypatch.setattr("sys.argv", ["cli_docs.py", "--check"])
+@pytest.mark.parametrize("tool", GENERATED)
+def test_a_stale_generated_page_is_exit_1_with_a_hint(
+    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = runpy.run_path(str(ROOT / "tools" / f"{tool}.py"))["main"]
+    monkeypatch.setattr("sys.argv", [f"{tool}.py", "--check"])
     main()
-    monkeypatch.setitem(main.__globals__, "PAGE", tmp_path / "cli.md")
-    for stale in (None, "# Commands\n"):
+    page = tmp_path / "page.md"
+    monkeypatch.setitem(main.__globals__, "PAGE", page)
+    for stale in (None, "# Stale\n"):
         if stale is not None:
-            (tmp_path / "cli.md").write_text(stale)
-        with pytest.raises(SystemExit, match=r"run python tools/cli_docs\.py"):  # sys.exit of text is exit code 1
+            page.write_text(stale)
+        with pytest.raises(SystemExit, match=rf"run python tools/{tool}\.py"):  # sys.exit of text is exit code 1
             main()
-    monkeypatch.setattr("sys.argv", ["cli_docs.py"])
+    monkeypatch.setattr("sys.argv", [f"{tool}.py"])
     main()
-    assert text(tmp_path / "cli.md") == text(DOCS / "cli.md")
+    assert text(page) == text(GENERATED[tool])
 
 
-@pytest.mark.parametrize("page", [*WRITTEN, DOCS / "cli.md"], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*WRITTEN, *GENERATED.values()], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_relative_link_points_to_something(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
         if re.match(r"[a-z]+:", target):

@@ -16,16 +16,21 @@ from attnbench import contention, environment
 from attnbench.contention import Load
 from attnbench.devices.cpu import cpu_name
 from attnbench.environment import ENVIRONMENT_VARIABLES, command, fingerprint
-from attnbench.registry import Catalogue, EntryPointRef, PluginInfo
+from attnbench.registry import BackendInfo, Catalogue, EntryPointRef, PluginInfo
 from attnbench.text import without_home
 
+HERE = EntryPointRef("toy-dist", "1.5", "toy", "toy_module")
+ELSEWHERE = EntryPointRef("toy-dist", "1.7", "toy", "toy_module", "/home/jane/python")
 CATALOGUE = Catalogue(
     plugins=(
-        PluginInfo(EntryPointRef("toy-dist", "1.7", "toy", "toy_module", "/home/jane/python"), ("t",), (), 0.1, None),
-        PluginInfo(EntryPointRef("toy-dist", "1.5", "toy", "toy_module"), ("toy",), (), 0.1, None),
+        PluginInfo(ELSEWHERE, ("t",), (), 0.1, None),
+        PluginInfo(HERE, ("toy",), (), 0.1, None),
         PluginInfo(EntryPointRef("broken-dist", "2", "broken", "m"), (), (), 0.1, "File /home/jane/secret.py\nError"),
     ),
-    backends=(),
+    backends=(
+        BackendInfo("toy", "cpu", "", "", True, None, HERE, (("ovens", "1.2"), ("pans", ""))),
+        BackendInfo("t", "cpu", "", "", True, None, ELSEWHERE, (("torch", "2.6.0"), ("ovens", "0.9"))),
+    ),
     suites=(),
 )
 
@@ -66,6 +71,9 @@ def test_the_fingerprint_says_what_a_number_depends_on():
     assert found["cpu_count"] == len(os.sched_getaffinity(0))
     assert found["libraries"]["torch"] == torch.__version__
     assert found["libraries"]["attnbench"]
+    assert found["libraries"]["ovens"] == "1.2"
+    assert "pans" not in found["libraries"], "it is not installed"
+    assert found["libraries_of_other_interpreters"] == {"torch": "2.6.0", "ovens": "0.9"}
     assert found["plugins"] == {"toy-dist": "1.5"}
     assert found["plugins_of_other_interpreters"] == {"toy-dist": "1.7"}
     assert "torch-npu" not in found["libraries"]

@@ -426,7 +426,7 @@ SOURCE = EntryPointRef("dist", "1.5", "toy", "toy_module", "/envs/toy/bin/python
 WHOLE = Description(
     SOURCE,
     (
-        BackendInfo("one", "cpu", "a toy", "https://example.org", True, None, SOURCE),
+        BackendInfo("one", "cpu", "a toy", "https://example.org", True, None, SOURCE, (("ovens", "1.2"), ("pans", ""))),
         BackendInfo("one", "npu", "", "", False, "no toy here", SOURCE),
     ),
     (Suite("toys", (Problem(seqlen_q=3, seqlen_k=5, heads_q=4, heads_kv=2, window=2, softmax_scale=0.3),), "two"),),
@@ -466,6 +466,8 @@ FORGERIES = {
     "a device that is a list": _set("backends", 0, "device", to=["cpu"]),
     "a summary that is no text": _set("backends", 0, "summary", to=None),
     "a homepage that is no text": _set("backends", 0, "homepage", to={}),
+    "libraries that are text": _set("backends", 0, "libraries", to="ovens"),
+    "a library whose version is no text": _set("backends", 0, "libraries", "ovens", to=1.2),
     "an empty reason": _set("backends", 0, "reason", to=""),
     "a reason that is no text": _set("backends", 0, "reason", to=False),
     "suites that are text": _set("suites", to="pto"),
