@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
@@ -69,11 +70,11 @@ class TileLangFlash(Backend):
 
         from attnbench.devices import device
 
-        folded = [fold(problem, tensor).flatten(0, 1) for tensor in (q, k, v)]
+        q, k, v = (fold(problem, tensor).flatten(0, 1) for tensor in (q, k, v))
         out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
         cores = device("cuda").info().cores or 1
         call: Callable[[], Tensor] = fastest(
-            launch(problem, *folded, out, tile, split_count(problem, tile[0], tile[1], cores))
+            launch(problem, q, k, v, out, tile, split_count(problem, tile[0], tile[1], cores))
             for tile in tiles(problem)
         )
         return call
@@ -91,6 +92,7 @@ def launch(
 ) -> Callable[[], Tensor]:
     """The call that computes `out` of folded q, k and v with such tiles."""
     import torch
+
     from attnbench_kernels.tilelang.flash_attention import Tile, attention, combination
 
     heads, count = problem.batch * problem.heads_kv, rows(problem)
@@ -99,17 +101,17 @@ def launch(
     lengths = (problem.seqlen_q, problem.seqlen_k)
     attend = compiled(attention(heads, count, *lengths, *dims, *reach(problem), scale_log2, dtype, Tile(*tile), splits))
     lse = torch.empty(splits, heads, count, dtype=torch.float32, device=q.device)
-    parts_dtype = q.dtype if splits == 1 else torch.float32
-    parts = torch.empty(splits, heads, count, problem.head_dim_v, dtype=parts_dtype, device=q.device)
-    if splits == 1:
-        parts = out.view(parts.shape)
-        return lambda: (attend(q, k, v, parts, lse), out)[1]
-    combine = compiled(combination(heads * count, splits, problem.head_dim_v, dtype))
-    flat = (parts.flatten(1, 2), lse.flatten(1, 2), out.view(heads * count, problem.head_dim_v))
+    shape = (splits, heads, count, problem.head_dim_v)
+    parts = out.view(shape) if splits == 1 else lse.new_empty(shape)
+    combine: Callable[[], object] = bool  # nothing to do
+    if splits > 1:
+        combined = compiled(combination(heads * count, splits, problem.head_dim_v, dtype))
+        flat = (parts.flatten(1, 2), lse.flatten(1, 2), out.view(heads * count, problem.head_dim_v))
+        combine = partial(combined, *flat)
 
     def call() -> Tensor:
         attend(q, k, v, parts, lse)
-        combine(*flat)
+        combine()
         return out
 
     return call

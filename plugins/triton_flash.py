@@ -84,11 +84,11 @@ class TritonFlash(Backend):
 
         from attnbench.devices import device
 
-        folded = [fold(problem, tensor) for tensor in (q, k, v)]
+        q, k, v = (fold(problem, tensor) for tensor in (q, k, v))
         out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
         cores = device(self.device).info().cores or 1
         call: Callable[[], Tensor] = fastest(
-            launch(problem, *folded, out, tile, splits)
+            launch(problem, q, k, v, out, tile, splits)
             for tile in tiles(problem, self.device)
             if tile_count(problem, tile.rows) <= MAX_TILES[self.device]
             for splits in sorted({1, split_count(problem, tile.rows, tile.keys, cores)})
@@ -118,6 +118,7 @@ def launch(
 ) -> Callable[[], Tensor]:
     """The call that computes `out` of folded q, k and v with such tiles."""
     import torch
+
     from attnbench_kernels.triton.flash_attention import attend, combine
 
     heads, count = problem.batch * problem.heads_kv, rows(problem)

@@ -27,7 +27,7 @@ def see(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     KEYS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """acc, most and total after keys `first` to `end` too, both multiples of KEYS unless MASKED, where `end` may be any."""
+    """acc, most and total after keys `first` to `end` too. Both are multiples of KEYS, but for `end` where MASKED."""
     for block in range(first, end, KEYS):
         key = block + tl.arange(0, KEYS)
         keys = load(k, key, seqlen_k, HEAD_DIM, D)
@@ -102,7 +102,7 @@ def attend(
 
 @triton.jit
 def combine(parts, lse, out, rows, splits, HEAD_DIM_V: tl.constexpr, E: tl.constexpr, MOST_SPLITS: tl.constexpr):
-    """out (rows, HEAD_DIM_V): the mean of parts (splits, rows, HEAD_DIM_V) weighted by 2^lse, which is (splits, rows)."""
+    """out (rows, HEAD_DIM_V): the mean of parts (splits, rows, HEAD_DIM_V), weighted by 2^lse (splits, rows)."""
     row, split = tl.program_id(0), tl.arange(0, MOST_SPLITS)
     scores = tl.load(lse + split * rows + row, mask=split < splits, other=float("-inf"))
     most = tl.max(scores, 0)
