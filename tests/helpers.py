@@ -19,12 +19,20 @@ from attnbench.result import Check, Measurement, Result, Status
 ROOT = Path(__file__).resolve().parents[1]
 ASCEND_CSV = ROOT / "reports" / "ascend-910b2" / "results.csv"
 SCRIPT = Path(sys.executable).parent / "attnbench"
-ON_CPU = ["gemm_ref", "jit_flash", "onnxruntime", "openvino", "sdpa", "sdpa_upcast"]
+ON_CPU = [
+    "gemm_ref",
+    "jit_flash",
+    "onnxruntime",
+    "openvino",
+    "sdpa",
+    "sdpa_upcast",
+]
 OFF_CPU = [
     "cudnn_frontend",
     "flash_attn",
     "flash_attn_3",
     "flash_attn_4",
+    "flash_attn_npu",
     "flashinfer_fa2",
     "flashinfer_fa3",
     "flex_attention",
@@ -34,11 +42,14 @@ OFF_CPU = [
     "npu_prompt_flash_attention",
     "pto_demo_flash",
     "pto_flash_attention",
+    "sageattention",
     "sdpa_cudnn",
     "sdpa_efficient",
     "sdpa_flash",
     "sdpa_math",
+    "tilelang_flash",
     "transformer_engine",
+    "triton_flash",
     "xformers",
 ]
 BUILT_IN = sorted([*ON_CPU, *OFF_CPU])

@@ -1,0 +1,1 @@
+"""The kernels that TileLang compiles: Python, as package data is."""

@@ -1,0 +1,1 @@
+"""The kernels that Triton compiles: Python, as package data is."""
