@@ -184,7 +184,7 @@ def _decoding(problem: Problem) -> list[Callable[..., Any]]:
         parts, tile = tiles
         one = [array.squeeze(2) for array in (q, k, v)]
         out = decode_attention.mqa(*one, sm_scale=problem.softmax_scale, k_splits=parts, block_k=tile)
-        return out.astype(q.dtype)
+        return out.astype(q.dtype)[:, :, None]
 
     return [functools.partial(attend, tiles=tiles) for tiles in splits(problem)]
 

@@ -20,32 +20,17 @@ ROOT = Path(__file__).resolve().parents[1]
 ASCEND_CSV = ROOT / "reports" / "ascend-910b2" / "results.csv"
 SCRIPT = Path(sys.executable).parent / "attnbench"
 BUILT_IN = [
-    *("flex_attention", "gemm_ref", "jit_flash", "npu_fused_attention", "npu_fusion_attention"),
-    *("npu_incre_flash_attention", "npu_prompt_flash_attention", "onnxruntime", "openvino"),
-    *(
-        "pto_demo_flash",
-        "pto_flash_attention",
-        "sdpa",
-        "sdpa_cudnn",
-        "sdpa_efficient",
-        "sdpa_flash",
-        "sdpa_math",
-        "sdpa_upcast",
-    ),
+    *("flex_attention", "gemm_ref", "ggml", "hf_kernels", "jax_cudnn", "jax_pallas", "jax_xla", "jit_flash"),
+    *("npu_fused_attention", "npu_fusion_attention", "npu_incre_flash_attention", "npu_prompt_flash_attention"),
+    *("onnxruntime", "openvino", "pto_demo_flash", "pto_flash_attention"),
+    *("sdpa", "sdpa_cudnn", "sdpa_efficient", "sdpa_flash", "sdpa_math", "sdpa_upcast"),
 ]
 """attnbench's own entry points, in the order in which they are listed."""
 
 OFF_CPU = (
-    *("flex_attention", "npu_fused_attention", "npu_fusion_attention", "npu_incre_flash_attention"),
-    *(
-        "npu_prompt_flash_attention",
-        "pto_demo_flash",
-        "pto_flash_attention",
-        "sdpa_cudnn",
-        "sdpa_efficient",
-        "sdpa_flash",
-        "sdpa_math",
-    ),
+    *("hf_kernels", "jax_cudnn", "jax_pallas"),
+    *("npu_fused_attention", "npu_fusion_attention", "npu_incre_flash_attention", "npu_prompt_flash_attention"),
+    *("pto_demo_flash", "pto_flash_attention", "sdpa_cudnn", "sdpa_efficient", "sdpa_flash"),
 )
 """Those of them that no CPU runs."""
 
