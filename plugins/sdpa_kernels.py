@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention held to one of its kernels on a GPU. Knows none: each has a plugin of its own.
+"""torch's scaled_dot_product_attention held to one of its kernels. Knows none: each has a plugin of its own.
 
 The limits are those of torch's own checks (sdp_utils.cpp); what torch refuses beyond them is a RUNTIME_ERROR.
 """
@@ -21,9 +21,7 @@ HEAD_DIM_MULTIPLE = 8
 
 
 class SdpaKernel(Backend):
-    """sdpa on a GPU with one of its four kernels."""
-
-    device: DeviceKind = "cuda"
+    """sdpa with one of its kernels."""
 
     def __init__(
         self,
@@ -35,14 +33,16 @@ class SdpaKernel(Backend):
         not_built: Callable[[], str | None] = lambda: None,
         lower_right: bool = False,
         zeros: bool = False,
+        device: DeviceKind = "cuda",
     ) -> None:
         """`kernel` is its name in torch.nn.attention.SDPBackend, `refusal` why it cannot do a problem, `not_built` why
-        this torch does not have it, and `least_capability` the compute capability that it needs.
+        this torch does not have it, and `least_capability` the compute capability that it needs of a GPU.
 
         With `lower_right` it has a causal mask aligned bottom-right of its own, so that none is built; with `zeros` it
         gives zeros to a query that sees no key.
         """
-        self._sdpa: Backend = Sdpa("cuda")
+        self._sdpa: Backend = Sdpa(device)
+        self.device = device
         self.name, self.homepage = name, self._sdpa.homepage
         self.summary = f"sdpa's {kernel.lower().replace('_', ' ')} kernel alone (torch)"
         self.kernel = kernel
@@ -50,6 +50,8 @@ class SdpaKernel(Backend):
         self._lower_right, self._zeros = lower_right, zeros
 
     def unavailable(self) -> str | None:
+        if self.device == "cpu":
+            return self._sdpa.unavailable()
         return no_gpu(self._least_capability) or self._not_built()
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -68,6 +70,9 @@ class SdpaKernel(Backend):
                 return attend()
 
         return call
+
+    def parallel_units(self, problem: Problem) -> int | None:
+        return self._sdpa.parallel_units(problem)
 
     def _mask(self, problem: Problem, q: Tensor) -> Tensor | None:
         import torch

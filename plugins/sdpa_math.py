@@ -1,4 +1,4 @@
-"""torch's attention of single operations on a GPU, to which scaled_dot_product_attention falls back.
+"""torch's attention of single operations, to which scaled_dot_product_attention falls back, on cpu and cuda.
 
 It takes everything. Keys and values of grouped heads are copied for each query head, at each call.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from attnbench import Backend, hookimpl
+from attnbench.problem import DeviceKind
 from attnbench_plugins.sdpa_kernels import SdpaKernel
 
 
 @hookimpl
 def attnbench_backends() -> Iterable[Backend]:
-    return [SdpaKernel("sdpa_math", "MATH", lambda problem: None, zeros=True)]
+    devices: tuple[DeviceKind, ...] = ("cpu", "cuda")
+    return [SdpaKernel("sdpa_math", "MATH", lambda problem: None, zeros=True, device=device) for device in devices]

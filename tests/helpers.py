@@ -20,11 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 ASCEND_CSV = ROOT / "reports" / "ascend-910b2" / "results.csv"
 SCRIPT = Path(sys.executable).parent / "attnbench"
 ON_CPU = [
+    "flex_attention",
     "gemm_ref",
+    "ggml",
+    "jax_xla",
     "jit_flash",
     "onnxruntime",
     "openvino",
     "sdpa",
+    "sdpa_math",
     "sdpa_upcast",
 ]
 OFF_CPU = [
@@ -35,7 +39,9 @@ OFF_CPU = [
     "flash_attn_npu",
     "flashinfer_fa2",
     "flashinfer_fa3",
-    "flex_attention",
+    "hf_kernels",
+    "jax_cudnn",
+    "jax_pallas",
     "npu_fused_attention",
     "npu_fusion_attention",
     "npu_incre_flash_attention",
@@ -46,7 +52,6 @@ OFF_CPU = [
     "sdpa_cudnn",
     "sdpa_efficient",
     "sdpa_flash",
-    "sdpa_math",
     "tilelang_flash",
     "transformer_engine",
     "triton_flash",

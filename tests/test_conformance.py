@@ -25,9 +25,20 @@ from attnbench.registry import BackendInfo, EntryPointRef
 from attnbench.testing import BackendConformance
 from attnbench.testing.check import Outcome, check, table
 from attnbench.testing.conform import _run, every_test
-from attnbench_plugins import sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
+from attnbench_plugins import (
+    flex_attention,
+    hf_kernels,
+    jax_cudnn,
+    jax_pallas,
+    sdpa_cudnn,
+    sdpa_efficient,
+    sdpa_flash,
+    sdpa_math,
+)
 from attnbench_plugins.flex_attention import FlexAttention
 from attnbench_plugins.gemm_ref import GemmRef
+from attnbench_plugins.ggml import Ggml
+from attnbench_plugins.jax_xla import JaxXla
 from attnbench_plugins.jit_flash.cpu import JitFlashCpu
 from attnbench_plugins.jit_flash.cuda import JitFlashCuda
 from attnbench_plugins.npu_fused_attention import NpuFusedAttention
@@ -51,6 +62,34 @@ class TestSdpa(BackendConformance):
 
 class TestSdpaUpcast(BackendConformance):
     backend = SdpaUpcast()
+
+
+class TestSdpaMath(BackendConformance):
+    backend = next(backend for backend in sdpa_math.attnbench_backends() if backend.device == "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+class TestFlexAttention(BackendConformance):
+    """Not compiled, which would take ten seconds a problem: test_gpu_peers.py has some that are."""
+
+    backend = FlexAttention("cpu")
+
+    @pytest.fixture(autouse=True)
+    def _uncompiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        compile_ = torch.compile
+
+        def leave(function: Any, **how: Any) -> Any:
+            return function if function.__module__ == flex_attention.__name__ else compile_(function, **how)
+
+        monkeypatch.setattr(torch, "compile", leave)
+
+
+class TestGgml(BackendConformance):
+    backend = Ggml()
+
+
+class TestJaxXla(BackendConformance):
+    backend = JaxXla()
 
 
 class TestJitFlash(BackendConformance):
@@ -379,8 +418,14 @@ def test_every_built_in_backend_of_a_cpu_is_under_the_kit_here() -> None:
 
 
 OF_OTHER_DEVICES = (
-    *(GemmRef("cuda"), GemmRef("npu"), Sdpa("cuda"), JitFlashCuda(), FlexAttention()),
-    *(b for module in (sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math) for b in module.attnbench_backends()),
+    *(GemmRef("cuda"), GemmRef("npu"), Sdpa("cuda"), JitFlashCuda(), FlexAttention("cuda")),
+    *(
+        b
+        for module in (sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math, jax_cudnn, jax_pallas)
+        for b in module.attnbench_backends()
+        if b.device == "cuda"
+    ),
+    hf_kernels.NoHubKernel(),
     *(NpuFusedAttention(), NpuFusionAttention(), NpuIncreFlashAttention(), NpuPromptFlashAttention()),
     PtoFlashAttention(),
 )

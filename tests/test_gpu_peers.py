@@ -1,11 +1,13 @@
 """The plugins sdpa_flash, sdpa_cudnn, sdpa_efficient, sdpa_math and flex_attention: what they refuse and ask torch for.
 
-What they compute on a GPU is in test_cuda.py.
+What they compute on a GPU is in test_cuda.py; on a CPU the last two are compiled and judged here.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import sysconfig
 from typing import Any
 
 import pytest
@@ -18,13 +20,15 @@ from attnbench.devices.cuda import CudaDevice
 from attnbench.problem import Dtype
 from attnbench.reference import Reference, make_inputs
 from attnbench_plugins import flex_attention, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
-from attnbench_plugins.flex_attention import FlexAttention, mask_mod
+from attnbench_plugins.flex_attention import mask_mod
 from attnbench_plugins.masks import visible
 from attnbench_plugins.sdpa_kernels import SdpaKernel
 
 MODULES = (sdpa_flash, sdpa_cudnn, sdpa_efficient, sdpa_math)
-FLASH, CUDNN, EFFICIENT, MATH = KERNELS = [backend for module in MODULES for backend in module.attnbench_backends()]
-FLEX = FlexAttention()
+ALL = [backend for module in (*MODULES, flex_attention) for backend in module.attnbench_backends()]
+FLASH, CUDNN, EFFICIENT, MATH, FLEX = [backend for backend in ALL if backend.device == "cuda"]
+MATH_CPU, FLEX_CPU = [backend for backend in ALL if backend.device == "cpu"]
+KERNELS = (FLASH, CUDNN, EFFICIENT, MATH)
 PEERS = (*KERNELS, FLEX)
 FULLY_MASKED = "torch's CUDA kernels give a query that sees no key other values than zeros"
 NEWEST = "no grouped heads, which it takes in the newest versions of torch alone"
@@ -37,11 +41,12 @@ def problem(seqlen_q: int = 128, seqlen_k: int = 256, dtype: Dtype = "fp16", **f
 # --- what is there, and what is refused -------------------------------------------------------------------------------
 
 
-def test_each_plugin_brings_one_backend_of_its_own_name_on_a_gpu() -> None:
-    backends = [*KERNELS, *flex_attention.attnbench_backends()]
+def test_each_plugin_brings_a_backend_of_its_own_name_on_a_gpu_and_two_on_a_cpu_as_well() -> None:
     names = ["sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "flex_attention"]
-    assert [(backend.name, backend.device) for backend in backends] == [(name, "cuda") for name in names]
-    assert all(backend.summary and backend.homepage for backend in backends)
+    assert [backend.name for backend in (*KERNELS, FLEX)] == names
+    assert [backend.name for backend in (MATH_CPU, FLEX_CPU)] == names[3:]
+    assert len(ALL) == 7
+    assert all(backend.summary and backend.homepage for backend in ALL)
     assert FLASH.summary == "sdpa's flash attention kernel alone (torch)"
 
 
@@ -215,6 +220,20 @@ def test_a_kernels_own_mask_is_taken_and_any_other_is_built_once_to_be_added(
         assert (mask == -torch.inf).equal(~seen)
 
 
+def test_on_a_cpu_flex_attention_needs_what_torch_compiles_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (MATH_CPU.unavailable(), FLEX_CPU.unavailable()) == (None, None)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert FLEX_CPU.unavailable() == "torch writes it for x86 processors with AVX2 alone"
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")
+    reason = "torch compiles it with Python's headers, which are not there: apt-get install python3-dev"
+    assert FLEX_CPU.unavailable() == reason
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    reason = "torch compiles it with {}, which is not there: apt-get install g++, or set CXX"
+    assert FLEX_CPU.unavailable() == reason.format("g++")
+    monkeypatch.setenv("CXX", "clang++-99")
+    assert FLEX_CPU.unavailable() == reason.format("clang++-99")
+
+
 SHAPES = (
     problem(48, 48, "fp32", causal=True),
     problem(40, 56, "fp32", causal=True, heads_q=4, heads_kv=2),
@@ -232,8 +251,10 @@ def judged(backend: Backend, case: Problem) -> str:
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=lambda p: p.case_id)
-def test_the_math_kernel_is_right_on_a_cpu_too(case: Problem) -> None:
-    assert judged(MATH, case) == ""
+def test_the_math_kernel_is_right_on_a_cpu(case: Problem) -> None:
+    assert MATH_CPU.unsupported(case) is None
+    assert judged(MATH_CPU, case) == ""
+    assert (MATH_CPU.parallel_units(case), MATH.parallel_units(case)) == (torch.get_num_threads(), None)
 
 
 # --- flex_attention ---------------------------------------------------------------------------------------------------
@@ -257,8 +278,9 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("case", SHAPES, ids=lambda p: p.case_id)
-def test_flex_attention_is_asked_for_the_right_thing(uncompiled, case: Problem) -> None:
-    assert judged(FLEX, case) == ""
+@pytest.mark.parametrize("backend", [FLEX, FLEX_CPU], ids=lambda b: b.device)
+def test_flex_attention_is_asked_for_the_right_thing(uncompiled, backend: Backend, case: Problem) -> None:
+    assert judged(backend, case) == ""
     assert uncompiled == [{"dynamic": False, "fullgraph": True}]
 
 
@@ -266,6 +288,47 @@ def test_flex_attention_is_asked_for_the_right_thing(uncompiled, case: Problem) 
 def test_a_suite_may_have_more_shapes_than_torch_compiles_for_by_itself(uncompiled) -> None:
     judged(FLEX, SHAPES[0])
     assert torch._dynamo.config.recompile_limit >= 256
+
+
+@pytest.fixture
+def block_masks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The block masks that flex_attention was given, which does nothing else."""
+    found: list[Any] = []
+    module = torch.nn.attention.flex_attention
+    monkeypatch.setattr(module, "flex_attention", lambda q, k, v, block_mask, **how: found.append(block_mask) or q)
+    return found
+
+
+def test_on_a_cpu_there_is_always_a_block_mask_and_its_blocks_keep_all_threads_busy(uncompiled, block_masks) -> None:
+    inputs = make_inputs(problem(256, 300, heads_q=2), 0)
+    for backend, case in ((FLEX, problem(256, 300)), (FLEX_CPU, problem(256, 300))):
+        backend.prepare(case, inputs.q, inputs.k, inputs.v)
+    on_a_gpu, on_a_cpu = block_masks
+    assert on_a_gpu is None
+    assert flex_attention.cpu_blocks(problem(256, 300), torch.get_num_threads()) == on_a_cpu.BLOCK_SIZE
+    assert on_a_cpu.to_dense().all()
+    sizes = [flex_attention.cpu_blocks(problem(256, heads_q=2), threads) for threads in (1, 8, 9, 16, 33, 999)]
+    assert sizes == [(64, 64), (64, 64), (32, 64), (32, 64), (16, 64), (16, 64)]
+
+
+COMPILED = (
+    problem(100, 130, "fp32", causal=True, heads_q=4, heads_kv=2, batch=2),
+    problem(70, 30, "bf16", causal=True, window=9, head_dim=32, head_dim_v=64),
+    problem(1, 600, "fp16", heads_q=2),
+)
+"""With queries that see no key, and one query, for which torch has a kernel of its own."""
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=lambda p: p.case_id)
+def test_compiled_for_a_cpu_flex_attention_is_right(case: Problem) -> None:
+    assert FLEX_CPU.unsupported(case) is None
+    inputs, others = make_inputs(case, 0), make_inputs(case, 1)
+    call = FLEX_CPU.prepare(case, inputs.q, inputs.k, inputs.v)
+    assert Reference.of(case, inputs, 0).judge(call()).fault == ""
+    for name in "qkv":
+        getattr(inputs, name).data.copy_(getattr(others, name))
+    assert Reference.of(case, others, 0).judge(call()).fault == ""
+    assert FLEX_CPU.parallel_units(case) == torch.get_num_threads()
 
 
 @pytest.mark.parametrize("case", [*SHAPES, problem(9, 9)], ids=lambda p: p.case_id)

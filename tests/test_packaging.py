@@ -67,7 +67,7 @@ def test_a_vendors_package_is_an_extra_and_never_a_default(pyproject: dict) -> N
     assert not any(need.startswith("nvidia") for need in pyproject["project"]["dependencies"])
     assert any(need.startswith("torch-npu") for need in pyproject["project"]["optional-dependencies"]["npu"])
     assert not any(need.startswith("torch-npu") for need in pyproject["project"]["dependencies"])
-    for peer in ("onnx", "onnxruntime", "openvino"):
+    for peer in ("jax", "onnx", "onnxruntime", "openvino", "xllamacpp"):
         assert any(need.startswith(f"{peer}>") for need in needs_of(pyproject, "peers"))
         assert not any(need.startswith(peer) for need in pyproject["project"]["dependencies"])
 

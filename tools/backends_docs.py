@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -73,9 +74,10 @@ class Ran:
 def backends() -> Iterator[tuple[str, Backend]]:
     """Every backend of this checkout, with its plugin's module."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for value in table["entry-points"]["attnbench.backends"].values():
-        for backend in importlib.import_module(value).attnbench_backends():
-            yield value, backend
+    with mock.patch.dict(os.environ, {"KERNELS_CACHE": os.devnull}):  # what this machine has of the Hub is no matter
+        for value in table["entry-points"]["attnbench.backends"].values():
+            for backend in importlib.import_module(value).attnbench_backends():
+                yield value, backend
 
 
 def page() -> str:
@@ -162,7 +164,7 @@ def _features(backend: Backend) -> tuple[str, ...]:
             plain = {**plain, "dtype": dtypes[0]}
             asked = ("yes" if _takes(backend, {**plain, **fields}) else "no" for fields in FEATURES.values())
             return (backend.name, ", ".join(dtypes), _head_dims(backend, plain), *asked)
-    raise ValueError(f"{backend.name} on {backend.device} takes no dtype on the problems that this page asks about")
+    return (backend.name, *("as its kernel",) * (2 + len(FEATURES)))
 
 
 def _takes(backend: Backend, fields: dict[str, Any]) -> bool:
