@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT, Answer
 
 import attnbench
@@ -56,12 +57,17 @@ def commands(alone: bool) -> list[str]:
     return sorted({re.split(r" {2,}| #| > ", line)[0] for line in found})
 
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="some backends say what they take of the GPU at hand")
+
+
+@NO_GPU
 @pytest.mark.parametrize("tool", GENERATED)
 def test_a_generated_page_is_current(tool: str) -> None:
     made = runpy.run_path(str(ROOT / "tools" / f"{tool}.py"))["page"]()
     assert text(GENERATED[tool]) == made, f"run python tools/{tool}.py"
 
 
+@NO_GPU
 @pytest.mark.parametrize("tool", GENERATED)
 def test_a_stale_generated_page_is_exit_1_with_a_hint(
     tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

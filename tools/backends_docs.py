@@ -18,12 +18,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import tomllib
+import torch
 
 from attnbench import Problem
 from attnbench.backend import Backend
 from attnbench.problem import DEVICE_KINDS, Dtype
 from attnbench_plugins.jit_flash.cpu import ISAS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "backends.md"
@@ -198,6 +203,8 @@ def _table(headers: tuple[str, ...], rows: Any) -> str:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is not current")
+    if torch.cuda.is_available():
+        sys.exit("run it where torch sees no GPU: some backends say what is supported of the GPU and the build at hand")
     made = page()
     if not options.parse_args().check:
         PAGE.write_text(made, encoding="utf-8")
