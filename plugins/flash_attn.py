@@ -17,6 +17,7 @@ from attnbench_plugins.flash_attn_family import (
     attending,
     cores,
     lost_window,
+    no_flash_attn_2,
     not_installed,
     split_counts,
 )
@@ -24,8 +25,6 @@ from attnbench_plugins.packages import no_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MAX_HEAD_DIM = 256
 
 
 class FlashAttn(Backend):
@@ -42,16 +41,8 @@ class FlashAttn(Backend):
         return reason
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.direction != "fwd":
-            return "forward only"
-        if problem.dtype == "fp32":
-            return "fp16 and bf16 only"
-        if problem.head_dim != problem.head_dim_v:
-            return "one head size for q, k and v"
-        if problem.head_dim > MAX_HEAD_DIM:
-            return f"head sizes up to {MAX_HEAD_DIM}"
-        lost: str | None = lost_window(problem)
-        return lost
+        reason: str | None = no_flash_attn_2(problem) or lost_window(problem)
+        return reason
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         from flash_attn import flash_attn_with_kvcache

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Options = Mapping[str, Any]
 
 HOMEPAGE = "https://github.com/Dao-AILab/flash-attention"
+MAX_HEAD_DIM = 256
+"""Of FlashAttention-2."""
 HEAD_DIM_MULTIPLE = 8
 """Rows are loaded 16 bytes at once, in fp16 and bf16."""
 TILE = 128
@@ -46,6 +48,17 @@ def masking(problem: Problem) -> dict[str, Any]:
     return found if problem.window is None else found | {"window_size": window_size(problem)}
 
 
+def no_flash_attn_2(problem: Problem) -> str | None:
+    """Why FlashAttention-2 cannot do a problem, whoever brings it and whatever its mask."""
+    if problem.direction != "fwd":
+        return "forward only"
+    if problem.dtype == "fp32":
+        return "fp16 and bf16 only"
+    if problem.head_dim != problem.head_dim_v:
+        return "one head size for q, k and v"
+    return f"head sizes up to {MAX_HEAD_DIM}" if problem.head_dim > MAX_HEAD_DIM else None
+
+
 def lost_window(problem: Problem) -> str | None:
     """That FlashAttention-2 would drop the window: it does on a side that reaches as far as there are keys.
 
@@ -53,7 +66,7 @@ def lost_window(problem: Problem) -> str | None:
     the window see none.
     """
     lost = problem.window is not None and not problem.causal and problem.seqlen_k < problem.window < problem.seqlen_q
-    return "FlashAttention-2 drops a window of more than seqlen_k keys to both sides" if lost else None
+    return "a window of more than seqlen_k keys to both sides, which FlashAttention-2 drops" if lost else None
 
 
 def split_counts(problem: Problem, cores: int) -> list[int]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench_plugins.fastest import fastest
+from attnbench_plugins.flash_attn_family import lost_window, no_flash_attn_2
 from attnbench_plugins.masks import window_size
 from attnbench_plugins.npu_operators import require_contiguous
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGE = "flash_attn_npu_3"
-MAX_HEAD_DIM = 256
 
 
 class FlashAttnNpu(Backend):
@@ -51,17 +51,8 @@ class FlashAttnNpu(Backend):
         return None
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.direction != "fwd":
-            return "forward only"
-        if problem.dtype == "fp32":
-            return "fp16 and bf16 only"
-        if problem.head_dim != problem.head_dim_v:
-            return "one head size for q, k and v"
-        if problem.head_dim > MAX_HEAD_DIM:
-            return f"head sizes up to {MAX_HEAD_DIM}"
-        if problem.window is not None and not problem.causal and problem.seqlen_k < problem.window < problem.seqlen_q:
-            return "no window that is longer than the keys and hides some: it takes it for none"
-        return None
+        reason: str | None = no_flash_attn_2(problem) or lost_window(problem)
+        return reason
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         require_contiguous(q, k, v)

@@ -8,20 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from attnbench import Backend, Problem, hookimpl
+from attnbench_plugins.flash_attn_family import no_flash_attn_2
 from attnbench_plugins.sdpa_kernels import SdpaKernel
-
-MAX_HEAD_DIM = 256
 
 
 def refusal(problem: Problem) -> str | None:
     """Why it cannot do a problem."""
-    if problem.dtype == "fp32":
-        return "fp16 and bf16 only"
-    if problem.head_dim != problem.head_dim_v:
-        return "one head size for q, k and v"
-    if problem.head_dim > MAX_HEAD_DIM:
-        return f"head sizes up to {MAX_HEAD_DIM}"
-    return "no mask but a causal one" if problem.window is not None else None
+    reason: str | None = no_flash_attn_2(problem)
+    return reason or ("no mask but a causal one" if problem.window is not None else None)
 
 
 def not_built() -> str | None:
