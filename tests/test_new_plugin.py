@@ -58,13 +58,13 @@ def test_a_persons_path_from_nothing_to_a_table_takes_less_than_ten_minutes(bare
 
 @pytest.mark.parametrize("kind", [kind for kind in scaffold.KINDS if kind != "torch"])
 def test_every_kind_installs_runs_and_passes_its_tests(bare: BareVenv, tmp_path: Path, kind: str) -> None:
-    name = f"{kind}_flash"
-    bare.run("attnbench", "new-plugin", f"{kind}-flash", "--kind", kind, cwd=tmp_path)
-    bare.run("python", "-m", "pip", "install", "-q", f"./{kind}-flash[test]", cwd=tmp_path)
+    name = f"my_{kind}"
+    bare.run("attnbench", "new-plugin", f"my-{kind}", "--kind", kind, cwd=tmp_path)
+    bare.run("python", "-m", "pip", "install", "-q", f"./my-{kind}[test]", cwd=tmp_path)
     listed = [b for b in json.loads(bare.run("attnbench", "list", "--json", cwd=tmp_path).out) if b["name"] == name]
     assert [b["device"] for b in listed] == DEVICES[kind]
-    assert {b["distribution"] for b in listed} == {f"{kind}-flash"}
-    bare.run("python", "-m", "pytest", "-q", cwd=tmp_path / f"{kind}-flash")
+    assert {b["distribution"] for b in listed} == {f"my-{kind}"}
+    bare.run("python", "-m", "pytest", "-q", cwd=tmp_path / f"my-{kind}")
     out = tmp_path / "run"
     if kind not in WHY_NOT:
         bare.run("attnbench", "run", "--backends", name, *TINY, "--out", out, cwd=tmp_path)
