@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST_HEAD_DIM = 16
-"""What Triton's products of matrices need; in C++ smaller ones compile, and give values that are not finite."""
+"""What Triton's products of matrices need; in C++ smaller ones compile, and give wrong values."""
 MOST_DECODING_ROWS = 128
 """Queries times the query heads of a key head."""
 RECOMPILATIONS = 256

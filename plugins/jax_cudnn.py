@@ -14,7 +14,6 @@ from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench_plugins.folding import fold, folded_visible
 from attnbench_plugins.jax_arrays import jax_on, on_torchs_stream, view
-from attnbench_plugins.jax_xla import in_one_head, refusal
 from attnbench_plugins.packages import GPU, missing, no_gpu
 
 if TYPE_CHECKING:
@@ -41,8 +40,12 @@ class JaxCudnn(Backend):
         return no_jax_on_a_gpu()
 
     def unsupported(self, problem: Problem) -> str | None:
-        if reason := refusal(problem):
-            return str(reason)
+        if problem.direction != "fwd":
+            return "forward only"
+        if problem.head_dim != problem.head_dim_v:
+            return "one head size for q, k and v"
+        if problem.visible_rows < problem.seqlen_q:
+            return "JAX gives a query that sees no key other values than zeros"
         if problem.dtype == "fp32":
             return "fp16 and bf16 only"
         most = MAX_HEAD_DIM_OF_HOPPER if capability() >= HOPPER else MAX_HEAD_DIM
@@ -81,6 +84,12 @@ class JaxCudnn(Backend):
         call = on_torchs_stream(jax.jit(attend), queries, *others)
         call()
         return lambda: call().view(problem.out_shape)
+
+
+def in_one_head(problem: Problem, tensor: Tensor) -> Tensor:
+    """A view as JAX wants it, (batch, length, heads, dim), with all queries of a key head in one."""
+    folded: Tensor = fold(problem, tensor)
+    return folded.flatten(0, 1).unsqueeze(2)
 
 
 def in_groups(problem: Problem, tensor: Tensor) -> Tensor:
