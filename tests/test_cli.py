@@ -142,7 +142,7 @@ def test_a_requested_plugin_that_failed_is_exit_4(cli: Cli, folder: Path, plugin
 
 BAD = {
     "unknown backend": (["--backends", "jit_flahs"], "no backend is called 'jit_flahs'", "did you mean jit_flash?"),
-    "far backend": (["--backends", "zzz"], "no backend is called 'zzz'", "there are flex_attention, gemm_ref, "),
+    "far backend": (["--backends", "zzz"], "no backend is called 'zzz'", "there are cudnn_frontend, flash_attn, "),
     "empty backend": (["--backends", "sdpa,,gemm_ref"], "--backends has an empty name", "single commas"),
     "unknown baseline": (["--baseline", "spda"], "no backend is called 'spda'", "did you mean sdpa?"),
     "unknown skip": (["--skip", "spda"], "no backend is called 'spda'", "did you mean sdpa?"),
