@@ -39,12 +39,13 @@ PLAIN: dict[str, Any] = {"seqlen_q": 128, "seqlen_k": 1024, "head_dim": 128}
 ONE_QUERY = {**PLAIN, "seqlen_q": 1}
 """For what decodes alone."""
 FEATURES: dict[str, dict[str, Any]] = {
-    "causal": {"causal": True},
-    "window": {"window": 64},
-    "causal, window": {"causal": True, "window": 64},
+    "causal with as many queries as keys": {"seqlen_q": 1024, "causal": True},
+    "causal with fewer": {"causal": True},
+    "a window": {"window": 64},
+    "a causal window": {"causal": True, "window": 64},
     "grouped heads": {"heads_q": 8, "heads_kv": 2},
-    "head_dim ≠ head_dim_v": {"head_dim": 128, "head_dim_v": 64},
-    "more queries than keys, causal": {"seqlen_q": 1024, "seqlen_k": 128, "causal": True},
+    "values of another size": {"head_dim": 128, "head_dim_v": 64},
+    "queries that see no key": {"seqlen_q": 1024, "seqlen_k": 128, "causal": True},
     "one query": {"seqlen_q": 1},
     "odd lengths": {"seqlen_q": 77, "seqlen_k": 131},
 }
@@ -52,10 +53,12 @@ FEATURES: dict[str, dict[str, Any]] = {
 INTRO = """# Backends
 
 <!-- made by: python tools/backends_docs.py -->
-Every attention that comes with attnbench. What each takes was found by asking it, in the first dtype that it has; where
-this page says no, a run says UNSUPPORTED and why. *Verified* tells where it was run within attnbench, which gives a
-time only to what agrees with the float64 oracle: in a run that is committed under `reports/`, with the version that its
-library had then, or in the tests, which CI runs. For what was not run, it tells the version whose interface was read.
+Every attention that comes with attnbench. What each takes was found by asking it, in the first dtype that it has,
+about causal masks (as many queries as keys, and fewer), windows, both, grouped heads, values of another size than
+keys, queries that see no key (more of them than keys, and causal), one query, and odd lengths; where this page says
+no, a run says UNSUPPORTED and why. *Verified* tells where it was run within attnbench, which gives a time only to what
+agrees with the float64 oracle: in a run that is committed under `reports/`, with the version that its library had
+then, or in the tests, which CI runs. For what was not run, it tells the version whose interface was read.
 
 `pip install 'attnbench[EXTRA]'` installs the library of one; where two cannot share an environment, run one of them
 with `--python NAME=EXE`. Without `--backends`, `attnbench run` takes all that are available on the device."""
@@ -97,7 +100,7 @@ def page() -> str:
             sections.append(NOT_ON_HARDWARE)
         sections.append(_table(("backend", "what it is", "library", "verified"), map(_origin, of_device)))
         features = [_features(backend) for _, backend in of_device]
-        sections.append(_table(("backend", "dtypes", "head sizes", *FEATURES), features))
+        sections.append(_table(("backend", "dtypes", "head sizes", "does not take"), features))
     return "\n\n".join(sections) + "\n"
 
 
@@ -168,9 +171,9 @@ def _features(backend: Backend) -> tuple[str, ...]:
         dtypes = [dtype for dtype in DTYPES if _takes(backend, {**plain, "dtype": dtype})]
         if dtypes:
             plain = {**plain, "dtype": dtypes[0]}
-            asked = ("yes" if _takes(backend, {**plain, **fields}) else "no" for fields in FEATURES.values())
-            return (backend.name, ", ".join(dtypes), _head_dims(backend, plain), *asked)
-    return (backend.name, *("as its kernel",) * (2 + len(FEATURES)))
+            refused = (name for name, fields in FEATURES.items() if not _takes(backend, {**plain, **fields}))
+            return (backend.name, ", ".join(dtypes), _head_dims(backend, plain), ", ".join(refused))
+    return (backend.name, *("as its kernel",) * 3)
 
 
 def _takes(backend: Backend, fields: dict[str, Any]) -> bool:
