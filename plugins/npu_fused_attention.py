@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl
@@ -24,6 +24,7 @@ class NpuFusedAttention(Backend):
     device: DeviceKind = "npu"
     summary = f"torch_npu.npu_fused_infer_attention_score, inner_precise {INNER_PRECISE} (not yet run on hardware)"
     homepage: str = npu_operators.HOMEPAGE
+    libraries: Mapping[str, str] = npu_operators.LIBRARIES
 
     def unavailable(self) -> str | None:
         reason: str | None = npu_operators.unavailable(OPERATOR)

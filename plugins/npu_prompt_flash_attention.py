@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl
@@ -22,6 +22,7 @@ class NpuPromptFlashAttention(Backend):
     device: DeviceKind = "npu"
     summary = "torch_npu.npu_prompt_flash_attention (not yet run on hardware)"
     homepage: str = npu_operators.HOMEPAGE
+    libraries: Mapping[str, str] = npu_operators.LIBRARIES
 
     def unavailable(self) -> str | None:
         reason: str | None = npu_operators.unavailable(OPERATOR)
