@@ -302,3 +302,28 @@ def test_what_each_peer_refuses(peers: list[dict]) -> None:
         "sdpa_math": [],
         "flex_attention": [],
     }
+
+
+NOT_CAPTURED_PEERS = ("jax_cudnn", "jax_pallas")
+
+
+@pytest.fixture(scope="module")
+def of_jax(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("jax")
+    (folder / "peers.toml").write_text(SUITE + "head_dim = 64\n[[problems]]\nseqlen_q = 256\nseqlen_k = 512\n")
+    words = ("--suite", folder / "peers.toml", "--iters", "40", "--warmup", "5")
+    return run(folder, "--backends", ",".join(NOT_CAPTURED_PEERS), *words)
+
+
+@pytest.mark.parametrize("backend", NOT_CAPTURED_PEERS)
+def test_a_peer_on_streams_of_its_own_is_right_and_timed_by_events(of_jax: list[dict], backend: str) -> None:
+    """Eager calls, between which the inputs change on torch's stream and their outputs are read there."""
+    results = [result for result in of_jax if result["backend"] == backend]
+    if results[0]["status"] == "UNAVAILABLE":
+        pytest.skip(results[0]["reason"])
+    assert {result["status"] for result in results} == {"PASSED", "UNSUPPORTED"}, results
+    timed = [result["measurement"] for result in results if result["measurement"]]
+    assert {measurement["timing_method"] for measurement in timed} == {"device_events"}
+    assert all("streams of its own" in measurement["fallback"] for measurement in timed)
+    by_length = {result["problem"]["seqlen_q"]: result["status"] for result in results}
+    assert by_length[256] == by_length[1] == "PASSED"
