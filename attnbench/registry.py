@@ -184,7 +184,9 @@ def _backend(data: object, source: EntryPointRef) -> BackendInfo:
         raise ValueError(f"{device!r} is no device")
     if reason is not None and not _text(reason):
         raise ValueError("an empty reason says nothing")
-    libraries = _table(facts["libraries"])
+    libraries = facts["libraries"]
+    if not isinstance(libraries, dict):
+        raise ValueError("libraries are no object")
     return BackendInfo(
         name,
         device,
@@ -197,9 +199,9 @@ def _backend(data: object, source: EntryPointRef) -> BackendInfo:
     )
 
 
-def _table(data: object, keys: set[str] | None = None) -> Mapping[str, Any]:
-    if not isinstance(data, dict) or (keys is not None and set(data) != keys):
-        raise ValueError(f"it is no object of {', '.join(sorted(keys or {'names'}))}")
+def _table(data: object, keys: set[str]) -> Mapping[str, Any]:
+    if not isinstance(data, dict) or set(data) != keys:
+        raise ValueError(f"it is no object of {', '.join(sorted(keys))}")
     return data
 
 

@@ -91,6 +91,16 @@ def test_what_make_installs_is_pinned(pyproject: dict) -> None:
         assert name in pins or "python_version < " in need, need
 
 
+def test_every_extra_that_a_backend_tells_to_install_is_there(pyproject: dict) -> None:
+    told = set()
+    for source in (ROOT / "plugins").rglob("*.py"):
+        text = source.read_text(encoding="utf-8")
+        told |= set(re.findall(r"attnbench\[([\w-]+)\]", text))
+        told |= set(re.findall(r"\b(?:missing\(.+?, |not_installed\()\"([\w-]+)\"\)", text))
+    assert {"npu", "flash-attn", "jax-cuda", "transformer-engine"} <= told
+    assert told <= set(pyproject["project"]["optional-dependencies"])
+
+
 def test_a_wheel_built_from_the_sdist_runs_in_a_bare_venv(bare: BareVenv, tmp_path: Path) -> None:
     where = bare.run("python", "-c", "import attnbench_kernels; print(attnbench_kernels.__file__)", cwd=tmp_path).out
     assert str(ROOT) not in where

@@ -161,6 +161,14 @@ FAULTS = {
     "an unhashable device": (HOOK + "    return [Toy('toy', ['cpu'])]", "not ['cpu']"),
     "no prepare": (HOOK + "    Toy.prepare = None\n    return [Toy('toy')]", "it has no method prepare()"),
     "no unsupported": (HOOK + "    del Toy.unsupported\n    return [Toy('toy')]", "no method unsupported()"),
+    "libraries that are a list": (
+        HOOK + "    Toy.libraries = ['pluggy']\n    return [Toy('toy')]",
+        "libraries must map names of distributions to versions, both as text",
+    ),
+    "a library's version that is no text": (
+        HOOK + "    Toy.libraries = {'pluggy': 1.7}\n    return [Toy('toy')]",
+        "libraries must map names of distributions to versions, both as text",
+    ),
     "a summary that is no text": (HOOK + "    Toy.summary = 5\n    return [Toy('toy')]", "summary must be text"),
     "parallel_units that is no method": (
         HOOK + "    Toy.parallel_units = 5\n    return [Toy('toy')]",
