@@ -8,6 +8,7 @@ import inspect
 import re
 import runpy
 import shlex
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,6 +100,14 @@ def test_every_relative_link_points_to_something(page: Path) -> None:
             assert anchor in map(slug, re.findall(r"^#+ (.+)$", text(found), re.MULTILINE)), target
         if page.is_relative_to(DOCS):
             assert found.is_relative_to(DOCS), f"{target} is not on the site"
+
+
+@pytest.mark.parametrize("page", [*WRITTEN, *GENERATED.values()], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_run_that_a_page_cites_is_committed(page: Path) -> None:
+    """A folder of reports/ that only this machine has, since git ignores new ones, is not evidence."""
+    cited = set(re.findall(r"`reports/([\w-]+)", text(page))) - {"NAME"}
+    listing = subprocess.run(("git", "ls-files", "reports"), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert cited <= {line.split("/")[1] for line in listing.stdout.splitlines()}
 
 
 def test_every_page_is_in_the_navigation_once_and_nothing_else_is() -> None:

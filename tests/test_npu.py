@@ -739,9 +739,9 @@ def test_every_backend_on_an_npu_is_listed_as_not_yet_run_on_hardware(tmp_path: 
         command("list", "--device", "npu", cwd=tmp_path),
     ):
         head, _, *lines = answer.out.splitlines()
-        assert len(lines) == 8
-        assert head.split() == ["backend", "device", "available", "from", "summary", "why", "not"]
-        assert ["(not yet run on hardware)" in line for line in lines] == [True] * 8, answer.out
+        assert head.split() == ["backend", "device", "available", "from", "library", "summary", "why", "not"]
+        assert {line.split()[0] for line in lines} >= {"npu_fused_attention", "jit_flash", "triton_flash"}
+        assert [line for line in lines if "(not yet run on hardware)" not in line] == []
 
 
 def test_the_three_commands_that_verify_the_rest_are_the_same_everywhere_and_run(site: Path, tmp_path: Path) -> None:

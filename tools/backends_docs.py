@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -145,8 +146,16 @@ def _verified(backend: Backend) -> str:
     return "; ".join(places) or f"**not run**; read: {_listed(backend.libraries) or 'its own source'}"
 
 
+def _committed_headers() -> list[Path]:
+    """The run.json of every run that git knows: what lies in reports/ beside them is this machine's alone."""
+    listing = subprocess.run(
+        ("git", "ls-files", "-z", "--", "reports/*/run.json"), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return sorted(ROOT / name for name in listing.stdout.split("\0") if name)
+
+
 def _runs(backend: Backend) -> Iterator[Ran]:
-    for header_file in sorted((ROOT / "reports").glob("*/run.json")):
+    for header_file in _committed_headers():
         header = json.loads(header_file.read_text(encoding="utf-8"))
         if header["device"]["kind"] != backend.device:
             continue
