@@ -72,6 +72,7 @@ constexpr int64_t FEW_KEYS = 16;
 // Keys whose values are added up before they are added to others, where rows are few: their sums are short otherwise.
 constexpr int64_t FEW_ROWS_KEYS = 16384;
 constexpr int64_t MAX_DIM = 256;
+constexpr int64_t PANEL = MICRO_VECS * LANES;  // queries that are computed together
 // A unit is worth drawing from this many keys on, and a thread worth waking from this many multiply-adds on (10 µs).
 constexpr int64_t SPLIT_KEYS = 256;
 constexpr int64_t THREAD_WORK = 1 << 19;
@@ -104,7 +105,7 @@ struct Range {
 struct Room {
     int64_t s = 0, k = 0, v = 0;
     template <class T> void have(const flash_args& args) {
-        s = std::max(s, Products<T>::KEYS * MICRO_VECS * LANES);
+        s = std::max(s, Products<T>::KEYS * PANEL);
         k = std::max(k, Products<T>::k_floats(args.head_dim));
         v = std::max(v, Products<T>::v_floats(args.head_dim_v));
     }
@@ -115,11 +116,11 @@ struct Room {
     }
 };
 
-// How the problem is cut, and where in the workspace everything lies: counters, parts of split tiles, scratch.
+// How the problem is cut, and where in the workspace everything lies: parts of split tiles, then scratch.
 struct Plan {
     int64_t heads_per_tile, tiles_per_group, tiles, splits, threads;
     int64_t rows, dim, dim_v;  // of a tile at most; padded to whole vectors or tiles
-    int64_t counters, part, parts, scratch;  // in floats
+    int64_t part, parts, scratch;  // in floats
     Room room;
 
     explicit Plan(const flash_args& args) : room(args) {
@@ -136,22 +137,26 @@ struct Plan {
                             double(args.head_dim + args.head_dim_v);
         const double worth = std::max(1.0, std::min(work / double(THREAD_WORK), double(1 + Pool::MAX_HELPERS)));
         threads = std::min<int64_t>(args.threads, static_cast<int64_t>(worth));
-        // Four units a thread even out what threads differ in speed; many parts take long to combine.
-        const int64_t wanted = threads == 1 || tiles >= 4 * threads ? 1 : ceil_div(4 * threads, tiles);
-        splits = std::max<int64_t>(1, std::min({wanted, keys / SPLIT_KEYS, std::max<int64_t>(8, threads)}));
+        // A unit for each thread. Two, of twice as many keys, even out some of what threads differ in speed; more would
+        // not pay for the queries that each transposes and the part that it leaves to be added up: with four a thread it
+        // took 2 to 4 % longer, with half as many keys in each 5 % (Zen 3, two threads).
+        const auto splits_for = [&](int64_t units, int64_t fewest_keys) {
+            return std::min(ceil_div(units, tiles), keys / fewest_keys);
+        };
+        splits = threads == 1 ? 1 : std::max(splits_for(threads, SPLIT_KEYS), splits_for(2 * threads, 2 * SPLIT_KEYS));
+        splits = std::max<int64_t>(1, std::min(splits, std::max<int64_t>(8, threads)));
         if (tile_rows <= FEW_ROWS) splits = std::max(splits, ceil_div(keys, FEW_ROWS_KEYS));
         threads = std::min(threads, tiles * splits);
 
-        rows = round_up(tile_rows, MICRO_VECS * LANES);
+        rows = round_up(tile_rows, PANEL);
         dim = round_up(args.head_dim, DIM_GRAIN);
         dim_v = round_up(args.head_dim_v, DIM_GRAIN);
-        counters = splits == 1 ? 0 : whole_lines(tiles);
         part = whole_lines(rows * (dim_v + 2));
         parts = splits == 1 ? 0 : tiles * splits;
         scratch = whole_lines(dim * rows) + whole_lines(room.s) + whole_lines(room.k) + whole_lines(room.v) +
                   (splits == 1 ? part : 0);
     }
-    int64_t floats() const { return counters + parts * part + threads * scratch; }
+    int64_t floats() const { return parts * part + threads * scratch; }
 };
 
 // Sums over a range of keys: O unnormalised, and of each row the highest score and the sum of exp2((s - top) · scale).
@@ -341,19 +346,29 @@ template <class T, int ROWS>
 void dot_keys(const T* k, int64_t stride, int64_t keys, int64_t dim, const float* q, int64_t q_pitch, float* s,
               Ahead& ahead) {
     constexpr int AT_ONCE = 8 / ROWS;
+    constexpr int64_t LINE = elements_of_line<T>(), LINES = AT_ONCE * LANES / LINE;  // as many as one step reads
     for (int64_t key = 0; key < keys; key += AT_ONCE) {
         vec sum[AT_ONCE][ROWS] = {};
         const T* row[AT_ONCE];
         for (int j = 0; j < AT_ONCE; ++j) row[j] = k + std::min(key + j, keys - 1) * stride;
-        for (int64_t i = 0; i < dim; i += LANES) {
-            ahead.fetch();
+        const auto add = [&](int64_t i, int64_t count) {
             UNROLL
             for (int j = 0; j < AT_ONCE; ++j) {
-                const vec x = load_part(row[j] + i, dim - i);
+                const vec x = load_part(row[j] + i, count);
                 UNROLL
                 for (int r = 0; r < ROWS; ++r) sum[j][r] += x * load(q + r * q_pitch + i);
             }
+        };
+        int64_t i = 0;
+        for (; i + LINE <= dim; i += LINE) {
+            if constexpr (LINES == 0) ahead.fetch(AT_ONCE);
+            UNROLL
+            for (int64_t at = 0; at < LINE; at += LANES) {
+                ahead.fetch(LINES);
+                add(i + at, LANES);
+            }
         }
+        for (; i < dim; i += LANES) add(i, dim - i);
         for (int j = 0; j < AT_ONCE && key + j < keys; ++j)
             for (int r = 0; r < ROWS; ++r) s[r * FEW_KEYS + key + j] = sum_of_lanes(sum[j][r]);
     }
@@ -370,10 +385,10 @@ void add_values(const T* v, int64_t stride, int64_t keys, int64_t dim, const flo
         vec sum[ROWS][COLUMNS] = {};
         const T* row = v + i;
         for (int64_t key = 0; key < keys; ++key, row += stride) {
-            ahead.fetch();
+            ahead.fetch(std::max<int64_t>(1, COLUMNS * LANES / elements_of_line<T>()));
             UNROLL
             for (int column = 0; column < COLUMNS; ++column) {
-                const vec x = load_part(row + column * LANES, dim - i - column * LANES);
+                const vec x = load_part(row + column * LANES, COLUMNS > 1 ? LANES : dim - i);
                 UNROLL
                 for (int r = 0; r < ROWS; ++r) sum[r][column] += p[r * FEW_KEYS + key] * x;
             }
@@ -415,13 +430,11 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
         const int64_t keys = std::min(FEW_KEYS, high - key);
         const T *k_block = k + key * args.k_stride[2], *v_block = v + key * args.v_stride[2];
         const int64_t after = std::min(FEW_KEYS, high - key - keys);
-        Ahead k_ahead(k_block + keys * args.k_stride[2], args.k_stride[2], after, args.head_dim,
-                      ceil_div(keys * tile.rows, 8) * ceil_div(args.head_dim, LANES));
-        Ahead v_ahead(v_block + keys * args.v_stride[2], args.v_stride[2], after, args.head_dim_v,
-                      keys * ceil_div(args.head_dim_v * tile.rows, 8 * LANES));
+        Ahead v_ahead(v_block, args.v_stride[2], keys, args.head_dim_v);  // while there are the products with K
+        Ahead k_ahead(k_block + keys * args.k_stride[2], args.k_stride[2], after, args.head_dim);
         for_rows(tile.rows, [&](int64_t row, auto count) {
             dot_keys<T, count>(k_block, args.k_stride[2], keys, args.head_dim, scratch.q + row * plan.dim, plan.dim,
-                               s + row * FEW_KEYS, k_ahead);
+                               s + row * FEW_KEYS, v_ahead);
         });
         for (int64_t row = 0; row < tile.rows; ++row) {
             const Range seen(args, tile.row(row));
@@ -442,7 +455,7 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
         }
         for_rows(tile.rows, [&](int64_t row, auto count) {
             add_values<T, count>(v_block, args.v_stride[2], keys, args.head_dim_v, s + row * FEW_KEYS, alpha + row,
-                                 part.o + row * plan.dim_v, plan.dim_v, v_ahead);
+                                 part.o + row * plan.dim_v, plan.dim_v, k_ahead);
         });
     }
 }
@@ -451,43 +464,44 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
 
 // Width of the panels in which a tile's O lies; 1 where its rows lie one after the other.
 int64_t panel_width(const Tile& tile) {
-    return tile.rows <= FEW_ROWS ? 1 : ONE_VECTOR && tile.rows <= LANES ? LANES : MICRO_VECS * LANES;
+    return tile.rows <= FEW_ROWS ? 1 : ONE_VECTOR && tile.rows <= LANES ? LANES : PANEL;
 }
 
-// Part 0 of a tile becomes the sum over all of its parts, at the highest top of each row.
-void combine(const flash_args& args, const Plan& plan, const Tile& tile, float* parts) {
+// In part 0 of a tile the rows of one panel become the sums over all of its parts, at the highest top of each row.
+void combine(const flash_args& args, const Plan& plan, int64_t width, float* parts, int64_t first) {
     const float scale = static_cast<float>(args.softmax_scale * LOG2_E);
-    const int64_t width = panel_width(tile), rows = ceil_div(tile.rows, width) * width;
     const Part all(plan, parts);
-    float weight[2][TILE];
+    float weight[2][PANEL];
     for (int64_t split = 1; split < plan.splits; ++split) {
         const Part part(plan, parts + split * plan.part);
-        for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t i = 0; i < width; ++i) {
+            const int64_t row = first + i;
             const float top = std::max(all.top[row], part.top[row]);
-            weight[0][row] = exp2(broadcast((all.top[row] - top) * scale))[0];
-            weight[1][row] = exp2(broadcast((part.top[row] - top) * scale))[0];
+            weight[0][i] = exp2(broadcast((all.top[row] - top) * scale))[0];
+            weight[1][i] = exp2(broadcast((part.top[row] - top) * scale))[0];
             all.top[row] = top;
-            all.sum[row] = all.sum[row] * weight[0][row] + part.sum[row] * weight[1][row];
+            all.sum[row] = all.sum[row] * weight[0][i] + part.sum[row] * weight[1][i];
         }
+        float* to = all.o + first * plan.dim_v;
+        const float* from = part.o + first * plan.dim_v;
+        const auto add = [&](int64_t at, vec own, vec other) { store(to + at, load(to + at) * own + load(from + at) * other); };
         if (width == 1) {
-            for (int64_t row = 0; row < rows; ++row)
-                for (int64_t i = row * plan.dim_v; i < (row + 1) * plan.dim_v; i += LANES)
-                    store(all.o + i, load(all.o + i) * weight[0][row] + load(part.o + i) * weight[1][row]);
+            for (int64_t at = 0; at < plan.dim_v; at += LANES) add(at, broadcast(weight[0][0]), broadcast(weight[1][0]));
         } else {
-            for (int64_t first = 0; first < rows; first += width)
-                for (int64_t i = first * plan.dim_v; i < (first + width) * plan.dim_v; i += LANES) {
-                    const int64_t row = first + (i - first * plan.dim_v) % width;
-                    store(all.o + i, load(all.o + i) * load(weight[0] + row) + load(part.o + i) * load(weight[1] + row));
-                }
+            for (int64_t at = 0; at < width * plan.dim_v; at += width)
+                for (int64_t lane = 0; lane < width; lane += LANES)
+                    add(at + lane, load(weight[0] + lane), load(weight[1] + lane));
         }
     }
 }
 
-// out = O / sum, and the log-sum-exp where it is asked for; zeros and -inf for a query that sees no key.
-template <class T> void write(const flash_args& args, const Plan& plan, const Tile& tile, const Part& part) {
+// out = O / sum for rows from `first` to `end`, and the log-sum-exp where it is asked for; zeros and -inf for a query that
+// sees no key.
+template <class T>
+void write(const flash_args& args, const Plan& plan, const Tile& tile, const Part& part, int64_t first, int64_t end) {
     const int64_t width = panel_width(tile), dim_v = args.head_dim_v;
-    for (int64_t first = 0; first < tile.rows; first += LANES) {
-        const int64_t rows = std::min<int64_t>(LANES, tile.rows - first);
+    for (; first < end; first += LANES) {
+        const int64_t rows = std::min<int64_t>(LANES, end - first);
         float inverse[LANES];
         T* out[LANES];
         for (int64_t i = 0; i < rows; ++i) {
@@ -516,35 +530,45 @@ template <class T> void write(const flash_args& args, const Plan& plan, const Ti
     }
 }
 
-// What each thread does: draw units until none is left.
-template <class T> void work(const flash_args& args, const Plan& plan, std::atomic<int64_t>& next, float* memory, int thread) {
-    auto* left = reinterpret_cast<std::atomic<int32_t>*>(memory);  // of each tile: the splits that have not ended yet
-    float* parts = memory + plan.counters;
+// Threads draw numbers below `count` until none is left.
+template <class F> void draw(std::atomic<int64_t>& next, int64_t count, const F& f) {
+    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(index);
+}
+
+// What each thread does first: units of a tile and a range of its keys. Where tiles are not split, they end here.
+template <class T> void work(const flash_args& args, const Plan& plan, std::atomic<int64_t>& next, float* parts, int thread) {
 #if defined(FLASH_AMX)
     const std::conditional_t<std::is_same_v<T, bfloat>, AmxTiles, int> tiles{};
     (void)tiles;
 #endif
     const Scratch scratch(plan, parts + plan.parts * plan.part + thread * plan.scratch);
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.tiles * plan.splits;) {
-        const int64_t index = unit / plan.splits, split = unit % plan.splits;
-        const Tile tile = tile_at(args, plan, index);
+    draw(next, plan.tiles * plan.splits, [&](int64_t unit) {
+        const int64_t split = unit % plan.splits;
+        const Tile tile = tile_at(args, plan, unit / plan.splits);
         const int64_t keys = std::max<int64_t>(0, tile.last.high - tile.first.low);
         const int64_t chunk = round_up(ceil_div(keys, plan.splits), Products<T>::GRAIN);
         const int64_t low = tile.first.low + std::min(keys, split * chunk);
         const int64_t high = tile.first.low + std::min(keys, (split + 1) * chunk);
-        float* tile_parts = parts + index * plan.splits * plan.part;
-        const Part part(plan, plan.splits == 1 ? scratch.part : tile_parts + split * plan.part);
+        const Part part(plan, plan.splits == 1 ? scratch.part : parts + unit * plan.part);
         constexpr int FEWEST_VECS = ONE_VECTOR ? 1 : MICRO_VECS;
         if (tile.rows <= FEW_ROWS) attend_few<T>(args, plan, tile, low, high, scratch, part);
         else if (tile.rows <= FEWEST_VECS * LANES) attend<T, FEWEST_VECS>(args, plan, tile, low, high, scratch, part);
         else attend<T, MICRO_VECS>(args, plan, tile, low, high, scratch, part);
-        if (plan.splits == 1) {
-            write<T>(args, plan, tile, part);
-        } else if (left[index].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-            combine(args, plan, tile, tile_parts);
-            write<T>(args, plan, tile, Part(plan, tile_parts));
-        }
-    }
+        if (plan.splits == 1) write<T>(args, plan, tile, part, 0, tile.rows);
+    });
+}
+
+// And then, where tiles are split: panels of a tile, whose parts are added up.
+template <class T> void finish(const flash_args& args, const Plan& plan, std::atomic<int64_t>& next, float* parts) {
+    const int64_t panels = plan.rows / PANEL;
+    draw(next, plan.tiles * panels, [&](int64_t unit) {
+        const int64_t index = unit / panels, first = unit % panels * PANEL;
+        const Tile tile = tile_at(args, plan, index);
+        const int64_t end = std::min(tile.rows, first + PANEL), width = panel_width(tile);
+        float* tile_parts = parts + index * plan.splits * plan.part;
+        for (int64_t row = first; row < end; row += width) combine(args, plan, width, tile_parts, row);
+        write<T>(args, plan, tile, Part(plan, tile_parts), first, end);
+    });
 }
 
 int check(const flash_args& args) {
@@ -562,13 +586,15 @@ int check(const flash_args& args) {
 }
 
 template <class T> void run(const flash_args& args, const Plan& plan, float* memory) {
-    if (plan.splits > 1)
-        for (int64_t tile = 0; tile < plan.tiles; ++tile)
-            new (memory + tile) std::atomic<int32_t>(static_cast<int32_t>(plan.splits));
     std::atomic<int64_t> next{0};
-    const auto draw = [&](int thread) { work<T>(args, plan, next, memory, thread); };
-    if (plan.threads == 1) return draw(0);
-    pool.run(static_cast<int>(plan.threads) - 1, draw);
+    const auto on_threads = [&](const auto& part_of) {
+        if (plan.threads == 1) return part_of(0);
+        pool.run(static_cast<int>(plan.threads) - 1, part_of);
+    };
+    on_threads([&](int thread) { work<T>(args, plan, next, memory, thread); });
+    if (plan.splits == 1) return;
+    next = 0;
+    on_threads([&](int) { finish<T>(args, plan, next, memory); });
 }
 
 }  // namespace

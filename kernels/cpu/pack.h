@@ -64,26 +64,35 @@ inline void pack_rows(const RowAt& row_at, int64_t count, int64_t dim, int64_t s
         }
 }
 
-// Rows that are read soon, fetched into L1 little by little while there is other work.
+constexpr int64_t LINE_BYTES = 64;  // of a cache
+template <class T> constexpr int64_t elements_of_line() { return LINE_BYTES / int64_t{sizeof(T)}; }
+
+// Rows that are read soon, fetched into L1 little by little, in their order, while there is other work.
 class Ahead {
 public:
+    // Where all is to be fetched in `calls` equal shares.
     template <class T>
-    Ahead(const T* rows, int64_t stride, int64_t count, int64_t dim, int64_t calls)
-        : row_(reinterpret_cast<const char*>(rows)), stride_(stride * int64_t{sizeof(T)}),
-          bytes_(dim * int64_t{sizeof(T)}), rows_left_(count), at_once_(ceil_div(count * ceil_div(bytes_, 64), calls)) {}
+    Ahead(const T* rows, int64_t stride, int64_t count, int64_t dim, int64_t calls = 1)
+        : line_(reinterpret_cast<const char*>(rows)), stride_(stride * int64_t{sizeof(T)}), bytes_(dim * int64_t{sizeof(T)}),
+          rows_left_(count), share_(ceil_div(count * ceil_div(bytes_, LINE_BYTES), calls)) {
+        if (stride_ == bytes_ && count > 0) bytes_ *= count, rows_left_ = 1;  // rows without gaps are one
+        end_ = line_ + bytes_;
+    }
 
-    // One of `calls` shares.
-    void fetch() {
-        for (int64_t lines = at_once_; lines > 0 && rows_left_ > 0; --lines) {
-            __builtin_prefetch(row_ + at_, 0, 3);
-            at_ += 64;
-            if (at_ >= bytes_) at_ = 0, row_ += stride_, --rows_left_;
+    void fetch() { fetch(share_); }
+    [[gnu::always_inline]] void fetch(int64_t lines) {
+        for (; lines > 0 && rows_left_ > 0; --lines) {
+            __builtin_prefetch(line_, 0, 3);
+            line_ += LINE_BYTES;
+            if (line_ >= end_) line_ = end_ += stride_, line_ -= bytes_, --rows_left_;
         }
     }
 
 private:
-    const char* row_;
-    int64_t stride_, bytes_, rows_left_, at_once_, at_ = 0;
+    const char* line_;
+    int64_t stride_, bytes_;
+    const char* end_;
+    int64_t rows_left_, share_;
 };
 
 }  // namespace
