@@ -15,7 +15,7 @@ from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench_plugins.fastest import fastest
 from attnbench_plugins.flash_attn_family import lost_window, no_flash_attn_2
-from attnbench_plugins.masks import window_size
+from attnbench_plugins.masks import hides, window_size
 from attnbench_plugins.npu_operators import require_contiguous
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class FlashAttnNpu(Backend):
         group, dim = problem.heads_q // problem.heads_kv, problem.head_dim
         heads = problem.batch * problem.heads_kv
         keys, values = (tensor.view(heads, problem.seqlen_k, 1, dim) for tensor in (k, v))
-        if group == 1 or problem.visible_pairs == problem.seqlen_q * problem.seqlen_k:
+        if group == 1 or not hides(problem):
             # Without a mask queries of several heads are as good as more queries of one.
             attend = planned(problem, (heads, group * problem.seqlen_q, 1), 1, q)
             queries = q.view(heads, group * problem.seqlen_q, 1, dim)
@@ -86,7 +86,7 @@ def planned(problem: Problem, queries: tuple[int, int, int], heads_kv: int, q: T
     library = importlib.import_module(PACKAGE)
     lengths = torch.full((queries[0],), problem.seqlen_k, dtype=torch.int32, device=q.device)
     masks: dict[str, Any] = {"causal": False, "window_size": (-1, -1)}
-    if problem.visible_pairs < problem.seqlen_q * problem.seqlen_k:
+    if hides(problem):
         masks = {"causal": problem.causal, "window_size": window_size(problem)}
     how = masks | {"softmax_scale": problem.softmax_scale, "num_splits": 1}
     plan = library.get_scheduler_metadata(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
+from attnbench_plugins.masks import hides
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,7 @@ def all_visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
 
 def mask_mod(problem: Problem) -> MaskMod | None:
     """Which key a query sees, as flex_attention asks for it; None where every query sees all."""
-    if not problem.causal and problem.window is None:
+    if not hides(problem):
         return None
     shift, causal, window = problem.seqlen_k - problem.seqlen_q, problem.causal, problem.window
 

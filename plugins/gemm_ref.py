@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
+from attnbench_plugins.masks import visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +35,6 @@ class GemmRef(Backend):
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         import torch
-
-        from attnbench_plugins.masks import visible
 
         group = problem.heads_q // problem.heads_kv
         grouped = (problem.batch, problem.heads_kv, group * problem.seqlen_q)

@@ -21,11 +21,16 @@ def window_size(problem: Problem) -> tuple[int, int]:
     return (side, 0 if problem.causal else side)
 
 
+def hides(problem: Problem) -> bool:
+    """Whether some query does not see some key: one query sees all under a causal mask, as all do in a wide window."""
+    return problem.visible_pairs < problem.seqlen_q * problem.seqlen_k
+
+
 def visible(problem: Problem, device: torch.device) -> Tensor | None:
     """Which keys each query sees, (seqlen_q, seqlen_k) bool; None where every query sees all."""
     import torch
 
-    if not problem.causal and problem.window is None:
+    if not hides(problem):
         return None
     rows = torch.arange(problem.seqlen_q, device=device)[:, None] + (problem.seqlen_k - problem.seqlen_q)
     keys = torch.arange(problem.seqlen_k, device=device)
@@ -37,3 +42,11 @@ def visible(problem: Problem, device: torch.device) -> Tensor | None:
     if problem.window is not None:
         mask = mask & (keys > rows - problem.window) & (keys < rows + problem.window)
     return mask
+
+
+def added(problem: Problem, q: Tensor) -> Tensor | None:
+    """What is added to the scores, (seqlen_q, seqlen_k) in q's dtype: -inf where a key is hidden. None as above."""
+    import torch
+
+    seen = visible(problem, q.device)
+    return None if seen is None else torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)

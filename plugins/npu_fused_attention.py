@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench_plugins import npu_operators
+from attnbench_plugins.masks import hides
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ class NpuFusedAttention(Backend):
             "input_layout": "BNSD",
             "inner_precise": INNER_PRECISE,
         }
-        if problem.causal and problem.seqlen_q > 1:  # a single query sees all keys, and knows no sparse mode
+        if hides(problem):  # a single query knows no sparse mode
             options |= npu_operators.causal(q.device)
 
         def call() -> Tensor:

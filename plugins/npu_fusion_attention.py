@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench_plugins import npu_operators
+from attnbench_plugins.masks import hides
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ class NpuFusionAttention(Backend):
             "pre_tockens": npu_operators.EVERY_TOKEN,  # so spelled
             "next_tockens": npu_operators.EVERY_TOKEN,
         }
-        if problem.causal:
+        if hides(problem):
             options |= npu_operators.causal(q.device)
 
         def call() -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench_plugins import npu_operators
+from attnbench_plugins.masks import hides
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,7 @@ class NpuPromptFlashAttention(Backend):
             "pre_tokens": npu_operators.EVERY_TOKEN,
             "next_tokens": npu_operators.EVERY_TOKEN,  # its default is 0, that of every other operator this
         }
-        if problem.causal:
+        if hides(problem):
             options |= npu_operators.causal(q.device)
 
         def call() -> Tensor:

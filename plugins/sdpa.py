@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
+from attnbench_plugins.masks import added, hides
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,19 +39,9 @@ class Sdpa(Backend):
         return attending(problem, q, k, v, self._mask)
 
     def _mask(self, problem: Problem, q: Tensor) -> Tensor | None:
-        mask: Tensor | None
-        lower_right = problem.causal and problem.window is None and problem.seqlen_q < problem.seqlen_k
-        if lower_right and self.device == "cuda":
-            # It reaches the flash kernel there; on a CPU it would build its mask anew at each call, and its module
-            # alone takes a second to import.
-            from torch.nn.attention.bias import causal_lower_right
-
-            mask = causal_lower_right(problem.seqlen_q, problem.seqlen_k)
-        else:
-            from attnbench_plugins.masks import visible
-
-            mask = visible(problem, q.device)
-        return mask
+        # The flash kernel has a mask aligned bottom-right on a GPU. On a CPU its mask would be built at each call, and
+        # its module alone takes a second to import.
+        return bottom_right(problem, q, own=self.device == "cuda" and problem.seqlen_q < problem.seqlen_k)
 
     def parallel_units(self, problem: Problem) -> int | None:
         if self.device != "cpu":
@@ -63,18 +54,33 @@ class Sdpa(Backend):
 def attending(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor, mask_of: Callable[[Problem, Tensor], Tensor | None]
 ) -> Callable[[], Tensor]:
-    """The call of scaled_dot_product_attention. `mask_of` gives the mask, if any, where torch's is_causal is not it."""
+    """The call of scaled_dot_product_attention. `mask_of` gives the mask where there is one and is_causal is not it."""
     from torch.nn.functional import scaled_dot_product_attention
 
     # torch's is_causal is aligned top-left, which is the same only for as many queries as keys.
     square = problem.causal and problem.window is None and problem.seqlen_q == problem.seqlen_k
-    mask = None if square else mask_of(problem, q)
+    mask = mask_of(problem, q) if hides(problem) and not square else None
     scale, grouped = problem.softmax_scale, problem.heads_q != problem.heads_kv
 
     def call() -> Tensor:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped)
 
     return call
+
+
+def bottom_right(problem: Problem, q: Tensor, *, own: bool) -> Tensor | None:
+    """The mask of a problem that has one: with `own`, torch's for a kernel that has a bottom-right causal mask itself.
+
+    Otherwise it is one to be added, since torch makes one of a mask of booleans, and of its own, at each call.
+    """
+    mask: Tensor | None
+    if own and problem.causal and problem.window is None:
+        from torch.nn.attention.bias import causal_lower_right
+
+        mask = causal_lower_right(problem.seqlen_q, problem.seqlen_k)
+    else:
+        mask = added(problem, q)
+    return mask
 
 
 @hookimpl

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from attnbench import Backend, Problem
 from attnbench.problem import DeviceKind
 from attnbench_plugins.packages import GPU, no_gpu
-from attnbench_plugins.sdpa import Sdpa, attending
+from attnbench_plugins.sdpa import Sdpa, attending, bottom_right
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,19 +75,8 @@ class SdpaKernel(Backend):
         return self._sdpa.parallel_units(problem)
 
     def _mask(self, problem: Problem, q: Tensor) -> Tensor | None:
-        import torch
-
-        from attnbench_plugins.masks import visible
-
-        # Where the kernel has none of its own, torch would build the mask of a causal_lower_right anew at each call…
-        if self._lower_right and problem.causal and problem.window is None:
-            from torch.nn.attention.bias import causal_lower_right
-
-            own: Tensor = causal_lower_right(problem.seqlen_q, problem.seqlen_k)
-            return own
-        seen: Tensor | None = visible(problem, q.device)
-        # …and of a mask of booleans one to be added, which is therefore what it gets.
-        return None if seen is None else torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+        mask: Tensor | None = bottom_right(problem, q, own=self._lower_right)
+        return mask
 
 
 def odd_head_dim(problem: Problem, multiple: int) -> str | None:

@@ -5,6 +5,7 @@ What they compute on a GPU is in test_cuda.py; on a CPU the last two are compile
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 import sysconfig
@@ -22,6 +23,7 @@ from attnbench.reference import Reference, make_inputs
 from attnbench_plugins import flex_attention, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
 from attnbench_plugins.flex_attention import mask_mod
 from attnbench_plugins.masks import visible
+from attnbench_plugins.sdpa import Sdpa
 from attnbench_plugins.sdpa_kernels import SdpaKernel
 
 MODULES = (sdpa_flash, sdpa_cudnn, sdpa_efficient, sdpa_math)
@@ -190,9 +192,26 @@ def test_a_square_causal_problem_has_no_mask(asked, backend: SdpaKernel) -> None
     assert (asked[0]["attn_mask"], asked[0]["is_causal"]) == (None, True)
 
 
+SEES_ALL = (problem(1, 64, causal=True), problem(40, 64, window=64), problem(1, 64, causal=True, window=64))
+"""Masks that hide nothing."""
+
+
+@pytest.mark.parametrize("case", SEES_ALL, ids=lambda p: p.case_id)
+@pytest.mark.parametrize("backend", [*KERNELS, Sdpa("cpu"), Sdpa("cuda")], ids=lambda b: f"{b.name}-{b.device}")
+def test_nothing_is_masked_where_nothing_is_hidden(asked, backend: Backend, case: Problem) -> None:
+    inputs = make_inputs(case, 0)
+    backend.prepare(case, inputs.q, inputs.k, inputs.v)()
+    assert (asked[0]["attn_mask"], asked[0]["is_causal"]) == (None, False)
+    assert visible(case, inputs.q.device) is None
+    assert mask_mod(case) is None
+
+
 @pytest.mark.parametrize(
     ("backend", "case", "own"),
     [
+        (Sdpa("cuda"), problem(causal=True), True),
+        (Sdpa("cpu"), problem(causal=True), False),
+        (Sdpa("cpu"), problem(window=9, dtype="fp32"), False),
         (FLASH, problem(causal=True), True),
         (EFFICIENT, problem(causal=True), True),
         (CUDNN, problem(causal=True), False),
@@ -202,7 +221,7 @@ def test_a_square_causal_problem_has_no_mask(asked, backend: SdpaKernel) -> None
     ],
 )
 def test_a_kernels_own_mask_is_taken_and_any_other_is_built_once_to_be_added(
-    asked, backend: SdpaKernel, case: Problem, own: bool
+    asked, backend: Backend, case: Problem, own: bool
 ) -> None:
     from torch.nn.attention.bias import CausalBias
 
@@ -294,7 +313,7 @@ def test_a_suite_may_have_more_shapes_than_torch_compiles_for_by_itself(uncompil
 def block_masks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The block masks that flex_attention was given, which does nothing else."""
     found: list[Any] = []
-    module = torch.nn.attention.flex_attention
+    module = importlib.import_module("torch.nn.attention.flex_attention")
     monkeypatch.setattr(module, "flex_attention", lambda q, k, v, block_mask, **how: found.append(block_mask) or q)
     return found
 
