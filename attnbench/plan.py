@@ -86,9 +86,9 @@ class Plan:
     """As asked for: a backend's name, `best`, or None for the device's own."""
 
     @property
-    def timed_baseline(self) -> str:
-        """The backend whose ratios say when there are blocks enough, if it is among the entries."""
-        return DEFAULT_BASELINES[self.device.kind] if self.baseline in (None, BEST) else self.baseline
+    def timed_baseline(self) -> str | None:
+        """The backend whose ratios say when there are blocks enough, if it is among them; None for the fastest."""
+        return None if self.baseline == BEST else self.baseline or DEFAULT_BASELINES[self.device.kind]
 
 
 def make(selection: Selection, catalogue: Catalogue, suite: Suite | None = None) -> Plan:

@@ -125,7 +125,7 @@ class Protocol:
     def enough(self, blocks: Sequence[Block], baseline: str | None) -> bool:
         """Whether a problem needs no further block: by its count, its budget, or the width of its intervals.
 
-        Ratios are to `baseline`, or to the first backend where it is not there. Significance never stops.
+        Ratios are to `baseline`, or to the fastest backend where it is not there. Significance never stops.
         """
         count = len(blocks)
         if count >= self.most_blocks:
@@ -147,7 +147,7 @@ def _log_ratios(blocks: Sequence[Block], baseline: str | None) -> list[list[floa
     logs = {name: [math.log(block.time_us(name)) for block in blocks] for name in names}
     if len(names) < 2:
         return list(logs.values())
-    base = baseline if baseline in logs else names[0]
+    base = baseline if baseline in logs else min(names, key=lambda name: sum(logs[name]))
     return [[ours - theirs for ours, theirs in zip(logs[name], logs[base])] for name in names if name != base]
 
 

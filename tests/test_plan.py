@@ -181,7 +181,8 @@ def test_a_baseline_that_runs_anyway_changes_no_order():
 
 def test_best_is_a_baseline_and_adds_nothing():
     chosen = made(backends="jit_flash", baseline=BEST)
-    assert (names(chosen), chosen.baseline) == (["jit_flash"], "best")
+    assert (names(chosen), chosen.baseline, chosen.timed_baseline) == (["jit_flash"], "best", None)
+    assert made(backends="jit_flash").timed_baseline == "sdpa"
 
 
 @pytest.mark.parametrize(

@@ -288,10 +288,12 @@ def test_alone_a_backend_is_looked_at_by_its_own_times():
     assert not Protocol().enough(blocks(a=[1.0, 1.2, 0.9, 1.1, 1.0]), "sdpa")
 
 
-def test_without_the_baseline_ratios_are_to_the_first():
+@pytest.mark.parametrize("baseline", [None, "not_there"])
+def test_without_the_baseline_ratios_are_to_the_fastest(baseline: str | None):
     wave = [1.0, 1.3, 0.7, 1.2, 0.8]
-    assert Protocol().enough(blocks(a=wave, b=wave), None)
-    assert Protocol().enough(blocks(a=wave, b=wave), "not_there")
+    assert Protocol().enough(blocks(a=wave, b=wave), baseline)
+    steady_to_the_first = blocks(a=[2 * value for value in wave], b=[3 * value for value in wave], c=[0.1] * 5)
+    assert not Protocol().enough(steady_to_the_first, baseline)
 
 
 def test_a_backend_that_left_is_not_looked_at():

@@ -230,6 +230,12 @@ def test_best_is_the_fastest_other_of_each_problem() -> None:
         ["8.000", "8.000", "1.00×"],
     ]
     assert [c.contender for c in comparisons] == ["jit_flash", "a", "b"], "with best, every backend is a contender"
+    details = [
+        [row[DETAIL_COLUMNS.index(name)] for name in ("kernel", "reason")]
+        for row in Tables(record(*results), "best").detail_rows
+    ]
+    assert details[:3] == [["a", "beside jit_flash"], ["b", "beside jit_flash"], ["jit_flash", "beside a"]]
+    assert details[3:6] == [["a", "beside b"], ["b", "beside a"], ["jit_flash", "beside b"]]
 
 
 def test_a_baseline_that_is_not_there_is_refused() -> None:

@@ -210,6 +210,8 @@ class Tables:
         reason = row["reason"] or ""
         if rival is not None and _incomparable(row, rival):
             reason = f"no speedup: {rival['kernel']} was timed by {rival['timing_method']}"
+        elif self.baseline == BEST and ratio is not None and rival is not None:
+            reason = reason or f"beside {rival['kernel']}"
         classic = "" if result is None or result.check is None else ("ok" if result.check.classic_ok else "off")
         return [
             row["case_id"],
