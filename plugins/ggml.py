@@ -23,6 +23,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import platform
 import weakref
 from collections.abc import Callable, Iterable
 from ctypes import c_bool, c_float, c_int, c_int64, c_size_t, c_void_p
@@ -65,7 +66,7 @@ class Ggml(Backend):
 
     def unavailable(self) -> str | None:
         reason: str | None = missing("xllamacpp", "ggml")
-        return reason
+        return reason or no_avx2()
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":
@@ -92,6 +93,14 @@ class Ggml(Backend):
         import torch
 
         return torch.get_num_threads()
+
+
+def no_avx2() -> str | None:
+    """That this processor lacks what the package's library is compiled for; it would end the process there."""
+    import torch
+
+    lacks = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    return "xllamacpp is compiled for processors with AVX2" if lacks else None
 
 
 def most_visible(problem: Problem) -> int:

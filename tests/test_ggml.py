@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import platform
 from collections import Counter
 from typing import Any
 
@@ -58,6 +59,15 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     assert BACKEND.unavailable() is None, "the extra peers installs it"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert BACKEND.unavailable() == "xllamacpp is not installed: pip install 'attnbench[ggml]'"
+
+
+@pytest.mark.parametrize(("machine", "reason"), [("x86_64", True), ("aarch64", False)])
+def test_it_is_not_called_where_it_would_end_the_process(
+    monkeypatch: pytest.MonkeyPatch, machine: str, reason: bool
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert BACKEND.unavailable() == ("xllamacpp is compiled for processors with AVX2" if reason else None)
 
 
 def test_describing_it_loads_no_library() -> None:
