@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, Answer
+from helpers import BUILT_IN, ROOT, Answer
 
 import attnbench
 from attnbench import hookspecs, jit, store, testing
@@ -293,6 +293,13 @@ def test_every_run_that_a_page_cites_is_committed(page: Path) -> None:
     cited = set(re.findall(r"`reports/([\w-]+)", text(page))) - {"NAME"}
     listing = subprocess.run(("git", "ls-files", "reports"), cwd=ROOT, capture_output=True, text=True, check=True)
     assert cited <= {line.split("/")[1] for line in listing.stdout.splitlines()}
+
+
+def test_the_changelog_has_every_backend_and_contributing_every_generated_page() -> None:
+    named = set(re.findall(r"`(\w+)`", text(ROOT / "CHANGELOG.md")))
+    assert set(BUILT_IN) <= named
+    made_by = re.findall(r"`docs/(\S+)` (?:is made )?by `python tools/(\w+)\.py`", text(ROOT / "CONTRIBUTING.md"))
+    assert made_by == [(page.name, tool) for tool, page in GENERATED.items()]
 
 
 def test_every_page_is_in_the_navigation_once_and_nothing_else_is() -> None:
