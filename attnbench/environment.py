@@ -7,10 +7,11 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from attnbench import contention, sources
-from attnbench.registry import Catalogue, installed_version
+from attnbench.registry import BackendInfo, Catalogue, installed_version
 from attnbench.text import without_home
 
 ENVIRONMENT_VARIABLES = (
@@ -53,10 +54,10 @@ def fingerprint(catalogue: Catalogue) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
-        "libraries": _own_libraries() | _libraries(catalogue, elsewhere=False),
+        "libraries": _own_libraries() | _libraries(catalogue),
         "plugins": _versions(catalogue, elsewhere=False),
         "plugins_of_other_interpreters": _versions(catalogue, elsewhere=True),
-        "libraries_of_other_interpreters": _libraries(catalogue, elsewhere=True),
+        "libraries_of_other_interpreters": _libraries_elsewhere(catalogue),
         "sources": _digests(catalogue),
         "variables": {
             name: value
@@ -119,10 +120,18 @@ def _own_libraries() -> dict[str, str]:
     return {name: version for name in LIBRARIES if (version := installed_version(name))}
 
 
-def _libraries(catalogue: Catalogue, *, elsewhere: bool) -> dict[str, str]:
-    """What the plugins' backends call and is installed."""
-    backends = (info for info in catalogue.backends if bool(info.source.python) == elsewhere)
-    return {name: version for info in backends for name, version in info.libraries if version}
+def _libraries(catalogue: Catalogue) -> dict[str, str]:
+    """What this environment's backends call and is installed."""
+    return {name: version for info in catalogue.backends if not info.source.python for name, version in _called(info)}
+
+
+def _libraries_elsewhere(catalogue: Catalogue) -> dict[str, dict[str, str]]:
+    """The same by backend, since each interpreter has versions of its own, and a path that is nobody's business."""
+    return {f"{info.name} on {info.device}": dict(_called(info)) for info in catalogue.backends if info.source.python}
+
+
+def _called(info: BackendInfo) -> Iterator[tuple[str, str]]:
+    return ((name, version) for name, version in info.libraries if version)
 
 
 def busy_share(seconds: float = 0.3) -> float | None:

@@ -86,8 +86,8 @@ class BackendInfo:
     """Why not available; None where it is."""
     source: EntryPointRef
     libraries: tuple[tuple[str, str], ...] = ()
-    """The distributions that it calls, with the version installed, which is empty where none is; of a backend of
-    another interpreter torch too."""
+    """The distributions that it calls, with the version installed, which is empty where none is. torch is one of them
+    where the backend names no other, and where it is another interpreter's."""
 
 
 @dataclass(frozen=True)
@@ -404,7 +404,8 @@ def _describe(backend: Backend, source: EntryPointRef, calls: _Calls) -> Backend
     if reason is not None and not (isinstance(reason, str) and reason):
         raise PluginError(f"{backend.name}.unavailable() returned {reason!r}, neither a reason nor None")
     summary, homepage = getattr(backend, "summary", ""), getattr(backend, "homepage", "")
-    names = [*(["torch"] if source.python else []), *getattr(backend, "libraries", ())]
+    named = tuple(getattr(backend, "libraries", ()))
+    names = named if named and not source.python else ("torch", *named)
     libraries = tuple((name, installed_version(name)) for name in names)
     return BackendInfo(backend.name, backend.device, summary, homepage, reason is None, reason, source, libraries)
 

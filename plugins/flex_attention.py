@@ -57,7 +57,7 @@ class FlexAttention(Backend):
         if reason is None and self.device == "cpu":
             return _no_cpp()
         if reason is None and importlib.util.find_spec("triton") is None:
-            return "triton is not installed: pip install triton"
+            return "triton is not installed: pip install 'attnbench[triton]'"
         return reason
 
     def unsupported(self, problem: Problem) -> str | None:

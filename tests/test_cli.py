@@ -324,6 +324,7 @@ def test_list_groups_by_device_and_shows_which_library_is_installed(cli: Cli, pl
             return [Toy("one", "npu"), Toy("two", "cpu")]
         """
     )
+    plugins.backends('[Toy("bare")]', entry="bare")
     lines = cli("list").out.splitlines()[2:]
     devices = [line.split()[1] for line in lines]
     assert devices == sorted(devices), "cpu, cuda, npu"
@@ -332,6 +333,9 @@ def test_list_groups_by_device_and_shows_which_library_is_installed(cli: Cli, pl
     for name in ("one", "two"):
         assert f"pluggy {version}" in shown[name]
         assert "no-such-library" not in shown[name]
+        assert "torch 2" not in shown[name], "it calls others, and what it names is told"
+    for name in ("bare", "sdpa"):
+        assert shown[name].split()[5:7] == ["torch", importlib.metadata.version("torch")], "it calls torch alone"
 
 
 def test_plugins_shows_load_times_and_with_trace_what_was_called(cli: Cli, plugins: PluginFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -11,13 +12,14 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from helpers import ROOT, attnbench
 from torch import Tensor
 
-from attnbench import registry
+from attnbench import hookspecs, registry
 from attnbench.backend import Backend
 from attnbench.discovery import discover
 from attnbench.problem import Problem
@@ -25,29 +27,14 @@ from attnbench.registry import BackendInfo, EntryPointRef
 from attnbench.testing import BackendConformance
 from attnbench.testing.check import Outcome, check, table
 from attnbench.testing.conform import _run, every_test
-from attnbench_plugins import (
-    flex_attention,
-    hf_kernels,
-    jax_cudnn,
-    jax_pallas,
-    sdpa_cudnn,
-    sdpa_efficient,
-    sdpa_flash,
-    sdpa_math,
-)
+from attnbench_plugins import flex_attention, sdpa_math
 from attnbench_plugins.flex_attention import FlexAttention
 from attnbench_plugins.gemm_ref import GemmRef
 from attnbench_plugins.ggml import Ggml
 from attnbench_plugins.jax_xla import JaxXla
 from attnbench_plugins.jit_flash.cpu import JitFlashCpu
-from attnbench_plugins.jit_flash.cuda import JitFlashCuda
-from attnbench_plugins.npu_fused_attention import NpuFusedAttention
-from attnbench_plugins.npu_fusion_attention import NpuFusionAttention
-from attnbench_plugins.npu_incre_flash_attention import NpuIncreFlashAttention
-from attnbench_plugins.npu_prompt_flash_attention import NpuPromptFlashAttention
 from attnbench_plugins.onnxruntime import OnnxRuntime
 from attnbench_plugins.openvino import OpenVino
-from attnbench_plugins.pto_flash_attention import PtoFlashAttention
 from attnbench_plugins.sdpa import Sdpa
 from attnbench_plugins.sdpa_upcast import SdpaUpcast
 
@@ -417,21 +404,14 @@ def test_every_built_in_backend_of_a_cpu_is_under_the_kit_here() -> None:
     assert {b.name for b in ours if b.device == "cpu"} == {b.name for b in classes}
 
 
-OF_OTHER_DEVICES = (
-    *(GemmRef("cuda"), GemmRef("npu"), Sdpa("cuda"), JitFlashCuda(), FlexAttention("cuda")),
-    *(
-        b
-        for module in (sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math, jax_cudnn, jax_pallas)
-        for b in module.attnbench_backends()
-        if b.device == "cuda"
-    ),
-    hf_kernels.NoHubKernel(),
-    *(NpuFusedAttention(), NpuFusionAttention(), NpuIncreFlashAttention(), NpuPromptFlashAttention()),
-    PtoFlashAttention(),
-)
+def of_other_devices() -> list[Backend]:
+    """All that this distribution brings for a GPU or an NPU, with nothing of this machine's cache of the Hub."""
+    ours = importlib.metadata.distribution("attnbench").entry_points.select(group=hookspecs.ENTRY_POINT_GROUP)
+    with mock.patch.dict(os.environ, {"KERNELS_CACHE": os.devnull}):
+        return [b for entry in ours for b in entry.load().attnbench_backends() if b.device != "cpu"]
 
 
-@pytest.mark.parametrize("backend", OF_OTHER_DEVICES, ids=str)
+@pytest.mark.parametrize("backend", of_other_devices(), ids=lambda backend: f"{backend.name}-{backend.device}")
 def test_a_built_in_of_another_device_is_a_backend_and_skips_with_its_reason(backend: Backend) -> None:
     """Where the device is there, so are its tests: `attnbench plugins check` runs them."""
     reason = backend.unavailable()

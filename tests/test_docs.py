@@ -5,22 +5,33 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import json
 import re
 import runpy
 import shlex
 import subprocess
+import sys
+import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, Answer
+from helpers import BUILT_IN, ROOT, Answer
 
 import attnbench
 from attnbench import hookspecs, jit, store, testing
-from attnbench.problem import load_suite
+from attnbench.problem import DEVICE_KINDS, Problem, load_suite
 from attnbench.report.tables import DETAIL_COLUMNS, Tables
 from attnbench.result import Status
+from attnbench_plugins import jax_xla
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 DOCS = ROOT / "docs"
 GENERATED = {"cli_docs": DOCS / "cli.md", "backends_docs": DOCS / "backends.md"}
@@ -88,6 +99,180 @@ def test_a_stale_generated_page_is_exit_1_with_a_hint(
     assert text(page) == text(GENERATED[tool])
 
 
+def backend_rows(which: int) -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of docs/backends.md by backend and device: of each device's first table, or its second."""
+    found = {}
+    for device, section in zip(DEVICE_KINDS, text(GENERATED["backends_docs"]).split("\n## ")[1:]):
+        head, _, *lines = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)[which].splitlines()
+        names = head.strip("| ").split(" | ")
+        for line in lines:
+            row = dict(zip(names, (cell.strip() for cell in line.strip("|").split(" | "))))
+            found[re.sub(r"^\[(.+)\]\(.+\)$", r"\1", row["backend"]), device] = row
+    return found
+
+
+@pytest.fixture
+def tool() -> dict[str, Any]:
+    """What tools/backends_docs.py has, as the one namespace of its functions."""
+    return runpy.run_path(str(ROOT / "tools" / "backends_docs.py"))["page"].__globals__
+
+
+class Made(attnbench.Backend):
+    """A backend with limits by dtype, and without libraries."""
+
+    name, device = "made", "cpu"
+
+    def unsupported(self, problem: Problem) -> str | None:
+        most, step = (1024, 4) if problem.dtype == "fp32" else (2**20, 8)
+        if problem.head_dim % step or problem.head_dim > most or problem.dtype == "fp16":
+            return "head size"
+        if (problem.head_dim, problem.head_dim_v) == (128, 64):
+            return "192×128 alone"
+        return "keys" if problem.dtype == "fp32" and problem.seqlen_k > 1024 else None
+
+
+def test_the_page_of_backends_counts_every_failure_of_a_committed_run() -> None:
+    listing = subprocess.run(("git", "ls-files", "reports"), cwd=ROOT, capture_output=True, text=True, check=True)
+    ended: dict[tuple[str, str], Counter[str]] = {}
+    for name in listing.stdout.splitlines():
+        for line in text(ROOT / name).splitlines() if name.endswith("results.jsonl") else ():
+            result = json.loads(line)
+            ended.setdefault((result["backend"], result["device"]), Counter())[result["status"]] += 1
+    assert ended["openvino", "cpu"]["INCORRECT"] == 1
+    for key, row in backend_rows(0).items():
+        cell, told = row["verified"].replace("\\", ""), Counter[str]()
+        for passed, total, failed in re.findall(r"(\d+) of (\d+) results PASSED((?:, \d+ [A-Z_]+)*) on ", cell):
+            told["PASSED"] += int(passed)
+            for count, status in re.findall(r"(\d+) ([A-Z_]+)", failed):
+                told[status] += int(count)
+            assert int(total) == int(passed) + sum(int(n) for n in re.findall(r"(\d+) [A-Z]", failed))
+        counted = ended.get(key, Counter())
+        del counted["UNSUPPORTED"]
+        assert told == counted, key
+        assert bool(counted) != ("no committed run" in cell) or cell == "tests", key
+
+
+def test_a_run_is_told_by_machine_and_by_the_version_of_the_interpreter_it_was_in(
+    tool: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = []
+    environment = {
+        "libraries": {"torch": "2.13", "ovens": "1.2"},
+        "libraries_of_other_interpreters": {
+            "there on cpu": {"torch": "2.6", "ovens": "0.9"},
+            "third on cpu": {"torch": "2.7"},
+        },
+    }
+    for folder, libraries, statuses in (
+        ("a", environment, ("PASSED", "INCORRECT", "UNSUPPORTED")),
+        ("b", environment, ("PASSED", "RUNTIME_ERROR")),
+        ("c", {"libraries": {}}, ("CRASHED",)),
+        ("d", environment, ("UNSUPPORTED",)),
+    ):
+        header = {"device": {"kind": "cpu", "name": "M"}, "environment": libraries}
+        results = [{"backend": name, "status": s} for name in ("here", "there", "third") for s in statuses]
+        path = tmp_path / folder
+        path.mkdir()
+        (path / "run.json").write_text(json.dumps(header))
+        (path / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+        headers.append(path / "run.json")
+    monkeypatch.setitem(tool, "_committed_headers", lambda: headers)
+    both = "2 of 4 results PASSED, 1 INCORRECT, 1 RUNTIME\\_ERROR on M, {} (`reports/a`, `reports/b`)"
+    crashed = "0 of 1 results PASSED, 1 CRASHED on M, version not recorded (`reports/c`)"
+    for name, libraries, versions in (
+        ("here", {"ovens": "1"}, "ovens 1.2"),
+        ("here", {}, "torch 2.13"),
+        ("there", {"ovens": "1"}, "ovens 0.9"),
+        ("there", {}, "torch 2.6"),
+        ("third", {"ovens": "1"}, "version not recorded"),
+        ("third", {}, "torch 2.7"),
+    ):
+        backend = types.SimpleNamespace(name=name, device="cpu", libraries=libraries)
+        told = list(tool["_results"](backend))
+        if versions == "version not recorded":
+            assert told == [
+                "2 of 5 results PASSED, 1 CRASHED, 1 INCORRECT, 1 RUNTIME\\_ERROR on M, version not recorded "
+                "(`reports/a`, `reports/b`, `reports/c`)"
+            ]
+        else:
+            assert told == [both.format(versions), crashed]
+
+
+def test_what_has_no_committed_run_says_what_was_read_and_where_checks_are_told_of() -> None:
+    rows = {key: row["verified"] for key, row in backend_rows(0).items()}
+    pinned = re.search(r"^torch==(.+)$", text(ROOT / "constraints.txt"), re.MULTILINE)
+    assert pinned is not None
+    assert rows["sdpa", "cuda"] == f"no committed run; read: torch {pinned[1]}"
+    for name, page in (("jax_pallas", "jax"), ("sageattention", "sageattention"), ("tilelang_flash", "triton_flash")):
+        link = f"[what was checked on an H100](kernels/{page}.md#what-was-checked-on-an-h100)"
+        assert rows[name, "cuda"].startswith("no committed run; read: ")
+        assert rows[name, "cuda"].endswith(f"; {link}")
+    assert "H100" not in rows["triton_flash", "npu"], "its page tells of a GPU"
+    assert rows["pto_demo_flash", "npu"] == "no committed run"
+    assert backend_rows(0)["pto_demo_flash", "npu"]["library"] == "the user's PTO library"
+    for page in (DOCS / "kernels").glob("*.md"):
+        _, found, section = text(page).partition("\n## What was checked on ")
+        assert not found or "no record is committed" in " ".join(section.split()), page
+
+
+def test_tests_are_claimed_of_what_is_under_the_kit_alone(tool: dict[str, Any]) -> None:
+    assert "tests" not in tool["_verified"]("made_module", Made(), None)
+    of_cpu = {name for name, device in backend_rows(0) if device == "cpu"}
+    assert {key for key, row in backend_rows(0).items() if row["verified"].endswith("tests")} == {
+        (name, "cpu") for name in of_cpu
+    }
+
+
+def test_limits_are_told_by_dtype_and_no_further_than_they_were_found(tool: dict[str, Any]) -> None:
+    _, dtypes, head_dims, refused = tool["_features"](Made())
+    assert dtypes == "bf16, fp32"
+    assert head_dims == "multiples of 8 in bf16, multiples of 4 up to 1024 in fp32"
+    assert refused == "head sizes 128×64, 8192 keys in fp32"
+
+
+def test_every_extra_that_installs_a_backends_library_stands_beside_it() -> None:
+    rows = {key: row["extra"].strip("`") for key, row in backend_rows(0).items()}
+    assert rows["ggml", "cpu"] == "ggml"
+    assert (rows["jax_xla", "cpu"], rows["jax_cudnn", "cuda"], rows["jax_pallas", "cuda"]) == (
+        *("jax", "jax-cuda", "jax-cuda"),
+    )
+    assert rows["pto_flash_attention", "npu"] == "", "the extra npu has a later torch-npu than it is built for"
+    there = set(tomllib.loads(text(ROOT / "pyproject.toml"))["project"]["optional-dependencies"])
+    assert set(rows.values()) - {""} == there - {"cuda", "docs", "peers", "test"}
+    pages = {key: re.findall(r"\]\((.+)\)", row["backend"])[0] for key, row in backend_rows(0).items()}
+    for key, extra in rows.items():
+        page = text(DOCS / ("npu.md" if extra == "npu" else pages[key]))
+        assert not extra or f"attnbench[{extra}]" in page or f"`{extra}`" in page, key
+
+
+def test_a_failure_of_a_committed_run_is_told_on_the_page_of_its_backend() -> None:
+    listing = subprocess.run(("git", "ls-files", "reports"), cwd=ROOT, capture_output=True, text=True, check=True)
+    failed = 0
+    for name in listing.stdout.splitlines():
+        for line in text(ROOT / name).splitlines() if name.endswith("results.jsonl") else ():
+            result = json.loads(line)
+            if result["status"] in ("PASSED", "UNSUPPORTED"):
+                continue
+            failed += 1
+            told = " ".join(text(DOCS / "kernels" / f"{result['backend']}.md").split())
+            assert f"`{Path(name).parent}`" in told
+            assert result["status"] in told
+            for number in re.findall(r"\d\.\d+e-\d+", result["reason"]):
+                assert number in told
+    assert failed
+
+
+def test_the_page_of_jax_says_of_times_what_the_source_has() -> None:
+    ours, theirs = (
+        [float(time) for time in re.findall(r"\d+\.\d", line)]
+        for line in re.findall(r"^    (?:here|dot_product_attention) .+$", jax_xla.__doc__ or "", re.MULTILINE)
+    )
+    slower = [b / a for a, b in zip(ours, theirs) if b > a]
+    words = f"of five shapes four took {min(slower):.1f} to {max(slower):.0f} times as long, and one, of 16 queries and"
+    assert (len(ours), len(slower)) == (5, 4)
+    assert words in " ".join(text(DOCS / "kernels" / "jax.md").split())
+
+
 @pytest.mark.parametrize("page", [*WRITTEN, *GENERATED.values()], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_relative_link_points_to_something(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
@@ -108,6 +293,13 @@ def test_every_run_that_a_page_cites_is_committed(page: Path) -> None:
     cited = set(re.findall(r"`reports/([\w-]+)", text(page))) - {"NAME"}
     listing = subprocess.run(("git", "ls-files", "reports"), cwd=ROOT, capture_output=True, text=True, check=True)
     assert cited <= {line.split("/")[1] for line in listing.stdout.splitlines()}
+
+
+def test_the_changelog_has_every_backend_and_contributing_every_generated_page() -> None:
+    named = set(re.findall(r"`(\w+)`", text(ROOT / "CHANGELOG.md")))
+    assert set(BUILT_IN) <= named
+    made_by = re.findall(r"`docs/(\S+)` (?:is made )?by `python tools/(\w+)\.py`", text(ROOT / "CONTRIBUTING.md"))
+    assert made_by == [(page.name, tool) for tool, page in GENERATED.items()]
 
 
 def test_every_page_is_in_the_navigation_once_and_nothing_else_is() -> None:

@@ -21,15 +21,18 @@ from attnbench.text import without_home
 
 HERE = EntryPointRef("toy-dist", "1.5", "toy", "toy_module")
 ELSEWHERE = EntryPointRef("toy-dist", "1.7", "toy", "toy_module", "/home/jane/python")
+THIRD = EntryPointRef("other-dist", "2.1", "other", "other_module", "/home/jane/other/python")
 CATALOGUE = Catalogue(
     plugins=(
         PluginInfo(ELSEWHERE, ("t",), (), 0.1, None),
         PluginInfo(HERE, ("toy",), (), 0.1, None),
+        PluginInfo(THIRD, ("u",), (), 0.1, None),
         PluginInfo(EntryPointRef("broken-dist", "2", "broken", "m"), (), (), 0.1, "File /home/jane/secret.py\nError"),
     ),
     backends=(
         BackendInfo("toy", "cpu", "", "", True, None, HERE, (("ovens", "1.2"), ("pans", ""))),
         BackendInfo("t", "cpu", "", "", True, None, ELSEWHERE, (("torch", "2.6.0"), ("ovens", "0.9"))),
+        BackendInfo("u", "cpu", "", "", True, None, THIRD, (("torch", "2.7.1"), ("ovens", "0.8"), ("pans", ""))),
     ),
     suites=(),
 )
@@ -73,9 +76,12 @@ def test_the_fingerprint_says_what_a_number_depends_on():
     assert found["libraries"]["attnbench"]
     assert found["libraries"]["ovens"] == "1.2"
     assert "pans" not in found["libraries"], "it is not installed"
-    assert found["libraries_of_other_interpreters"] == {"torch": "2.6.0", "ovens": "0.9"}
+    assert found["libraries_of_other_interpreters"] == {
+        "t on cpu": {"torch": "2.6.0", "ovens": "0.9"},
+        "u on cpu": {"torch": "2.7.1", "ovens": "0.8"},
+    }
     assert found["plugins"] == {"toy-dist": "1.5"}
-    assert found["plugins_of_other_interpreters"] == {"toy-dist": "1.7"}
+    assert found["plugins_of_other_interpreters"] == {"toy-dist": "1.7", "other-dist": "2.1"}
     assert "torch-npu" not in found["libraries"]
     assert found["defaults_of_unset_variables"] == {}
 

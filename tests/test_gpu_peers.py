@@ -105,7 +105,7 @@ def test_a_torch_without_the_kernel_says_so(gpu, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     assert CUDNN.unavailable() == "this torch has no cuDNN"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert FLEX.unavailable() == "triton is not installed: pip install triton"
+    assert FLEX.unavailable() == "triton is not installed: pip install 'attnbench[triton]'"
 
 
 @pytest.mark.parametrize(
