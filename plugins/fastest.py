@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 ROUNDS = 3
 CALLS_A_ROUND = 10
-"""On a GPU one replay of a graph, or a few where a call is long."""
+"""On a GPU one replay of a graph, or a few where a call is long. Neither number was measured: a clock that is still low
+in the first round has risen by the last, and a choice costs some milliseconds."""
 
 
 def fastest(calls: Iterable[Callable[[], Tensor]]) -> Callable[[], Tensor]:

@@ -15,13 +15,11 @@ from attnbench.problem import DeviceKind
 from attnbench_plugins.flash_attn_family import (
     HOMEPAGE,
     attending,
-    cores,
     lost_window,
     no_flash_attn_2,
-    not_installed,
     split_counts,
 )
-from attnbench_plugins.packages import no_gpu
+from attnbench_plugins.packages import cores, no_gpu, not_installed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
-from attnbench_plugins.flash_attn_family import HEAD_DIM_MULTIPLE, HOMEPAGE, attending, cores, split_counts
-from attnbench_plugins.packages import no_gpu
-from attnbench_plugins.sdpa_kernels import odd_head_dim
+from attnbench_plugins.flash_attn_family import HOMEPAGE, attending, no_flash_attn_3, split_counts
+from attnbench_plugins.packages import AFTER_HOPPER, HOPPER, cores, no_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +25,8 @@ BUILDS = MappingProxyType({"flash_attn_interface": "flash_attn_config", "fa3_fwd
 """The modules that have it, the fuller one first, each with the one that says how it was built."""
 HEAD_DIMS = (64, 96, 128, 192, 256)
 """What the kernels are built for."""
+SMALL_HEAD_DIM = 64
+"""Up to which larger values have kernels of their own; where those are missing another runs, which leaves some out."""
 
 
 class FlashAttn3(Backend):
@@ -38,8 +39,8 @@ class FlashAttn3(Backend):
     libraries = MappingProxyType({"flash-attn-3": "3.0.0", "fa3-fwd": "0.0.3"})
 
     def unavailable(self) -> str | None:
-        reason: str | None = no_gpu((9, 0), (10, 0))
-        if reason is None and installed() is None:
+        reason: str | None = no_gpu(HOPPER, AFTER_HOPPER)
+        if reason is None and not installed():
             return (
                 "flash_attn_interface is not installed: pip install 'attnbench[fa3-fwd]' for bf16 without windows, "
                 "or build the folder hopper of the flash-attention repository"
@@ -47,39 +48,39 @@ class FlashAttn3(Backend):
         return reason
 
     def unsupported(self, problem: Problem) -> str | None:
-        module = installed()
-        left_out = set() if module is None else disabled(module)
-        d, e = problem.head_dim, problem.head_dim_v
-        if problem.direction != "fwd":
-            return "forward only"
-        if problem.dtype == "fp32":
-            return "fp16 and bf16 only"
-        if problem.dtype == "fp16" and "FP16" in left_out:
-            return f"this {module} is built without fp16"
-        odd: str | None = odd_head_dim(problem, HEAD_DIM_MULTIPLE)
-        if odd:
-            return odd
-        largest = max((size for size in HEAD_DIMS if f"HDIM{size}" not in left_out), default=0)
-        if d > largest:
-            return f"head sizes up to {largest}"
-        if d != e and not (d <= 64 and e <= 512) and not (128 < d <= 192 and 96 < e <= 128):
-            return "values of another size than keys only for head sizes up to 64×512, or of 136–192×104–128"
-        if local(problem) and "LOCAL" in left_out:
-            return f"this {module} is built without windows"
-        return None
+        refused: str | None = no_flash_attn_3(problem)
+        return refused or next(filter(None, (left_out(module, problem) for module in installed()[:1])), None)
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        attend = importlib.import_module(installed() or next(iter(BUILDS))).flash_attn_with_kvcache
-        choices: list[dict[str, Any]] = [{"num_splits": count} for count in split_counts(problem, cores(q))]
-        if problem.heads_q != problem.heads_kv:  # in splits the heads of a group are always packed
+        attend = importlib.import_module(installed()[0]).flash_attn_with_kvcache
+        counts = split_counts(problem, cores(q))
+        choices: list[dict[str, Any]] = [{"num_splits": count} for count in counts]
+        if problem.heads_q != problem.heads_kv:
+            # In splits the heads of a group are always packed; without them it would choose one of these by itself.
+            choices.remove({"num_splits": 1})
             choices += [{"num_splits": 1, "pack_gqa": packed} for packed in (True, False)]
         call: Callable[[], Tensor] = attending(attend, choices, problem, q, k, v)
         return call
 
 
-def installed() -> str | None:
-    """The module of FlashAttention-3 that is there."""
-    return next((module for module in BUILDS if importlib.util.find_spec(module) is not None), None)
+def installed() -> list[str]:
+    """The modules of FlashAttention-3 that are there, the fuller one first."""
+    return [module for module in BUILDS if importlib.util.find_spec(module) is not None]
+
+
+def left_out(module: str, problem: Problem) -> str | None:
+    """What a problem needs that was left out of that build, where its kernels give an error or wrong values without."""
+    out = disabled(module)
+    if problem.dtype == "fp16" and "FP16" in out:
+        return f"this {module} is built without fp16"
+    largest = max((size for size in HEAD_DIMS if f"HDIM{size}" not in out), default=0)
+    if problem.head_dim > largest:
+        return f"head sizes up to {largest}"
+    if problem.head_dim <= SMALL_HEAD_DIM < problem.head_dim_v and {"HDIM64", "HDIMDIFF64"} & out:
+        return f"this {module} is built without values of more than {SMALL_HEAD_DIM} for keys of up to {SMALL_HEAD_DIM}"
+    if local(problem) and "LOCAL" in out:
+        return f"this {module} is built without windows"
+    return None
 
 
 def disabled(module: str) -> set[str]:

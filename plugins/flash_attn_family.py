@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from attnbench import Problem
-from attnbench.registry import installed_version
 from attnbench_plugins.fastest import fastest
 from attnbench_plugins.masks import window_size
+from attnbench_plugins.packages import HOPPER, capability
+from attnbench_plugins.sdpa_kernels import odd_head_dim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,24 +22,15 @@ Options = Mapping[str, Any]
 
 HOMEPAGE = "https://github.com/Dao-AILab/flash-attention"
 MAX_HEAD_DIM = 256
-"""Of FlashAttention-2."""
+"""Of FlashAttention-2 and -3."""
 HEAD_DIM_MULTIPLE = 8
 """Rows are loaded 16 bytes at once, in fp16 and bf16."""
 TILE = 128
 """Of queries and of keys, about: what the kernels take for head size 128."""
 MOST_SPLITS = 128
+"""FlashAttention-2 has no kernel that combines more."""
 WAVES = 2
-"""More parts than twice the cores hold only add to what is combined afterwards."""
-
-
-def not_installed(distribution: str) -> str | None:
-    """That it is not installed, with the extra of attnbench of the same name; None where it is.
-
-    Modules do not tell: flash-attn and flash-attn-4 both have a folder flash_attn, and flash_attn.cute in it.
-    """
-    if installed_version(distribution):
-        return None
-    return f"{distribution} is not installed: pip install 'attnbench[{distribution}]'"
+"""Tiles for each core, up to which splits are tried. Not measured: one fills the cores, a second evens them out."""
 
 
 def masking(problem: Problem) -> dict[str, Any]:
@@ -57,6 +49,29 @@ def no_flash_attn_2(problem: Problem) -> str | None:
     if problem.head_dim != problem.head_dim_v:
         return "one head size for q, k and v"
     return f"head sizes up to {MAX_HEAD_DIM}" if problem.head_dim > MAX_HEAD_DIM else None
+
+
+def no_flash_attn_3(problem: Problem) -> str | None:
+    """Why FlashAttention-3 cannot do a problem, whoever brings it and with all that it can be built with."""
+    if problem.direction != "fwd":
+        return "forward only"
+    if problem.dtype == "fp32":
+        return "fp16 and bf16 only"
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"head sizes up to {MAX_HEAD_DIM}"
+    odd: str | None = odd_head_dim(problem, HEAD_DIM_MULTIPLE)
+    return odd or no_pair(problem.head_dim, problem.head_dim_v)
+
+
+def no_pair(d: int, e: int) -> str | None:
+    """Why FlashAttention-3 does not take values of size e with keys of size d."""
+    if d == e:
+        return None
+    if capability() < HOPPER:
+        return "values of another size than keys only on Hopper"
+    if (d <= 64 and e <= 512) or (128 < d <= 192 and 96 < e <= 128):
+        return None
+    return "values of another size than keys only for head sizes up to 64×512, or of 136–192×104–128"
 
 
 def lost_window(problem: Problem) -> str | None:
@@ -79,20 +94,6 @@ def split_counts(problem: Problem, cores: int) -> list[int]:
     most = min(MOST_SPLITS, -(-keys // TILE), WAVES * cores // tiles)
     counts = {1, *(2**power for power in range(1, 8)), cores // tiles, most}
     return [0, *sorted(count for count in counts if count == 1 or 1 < count <= most)]
-
-
-def is_blackwell() -> bool:
-    """Whether the GPU is a later one than Hopper."""
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0)
-
-
-def cores(tensor: Tensor) -> int:
-    """How many cores the tensor's device has."""
-    from attnbench.devices import device
-
-    return device("cuda" if tensor.is_cuda else "cpu").info().cores or 1
 
 
 def attending(

@@ -96,7 +96,7 @@ def _search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 
-def masked(problem: Problem) -> bool:
+def hides_right(problem: Problem) -> bool:
     """Whether its window hides keys on the right as well: FlashInfer's own window is one of the left side alone."""
     return problem.window is not None and not problem.causal and problem.window < problem.seqlen_q
 
@@ -115,7 +115,7 @@ def packed_mask(problem: Problem, device: torch.device) -> Tensor | None:
     """Which keys each query sees, eight to a byte, the first in the lowest bit; None where FlashInfer has the mask."""
     import torch
 
-    seen = visible(problem, device) if masked(problem) else None
+    seen = visible(problem, device) if hides_right(problem) else None
     if seen is None:
         return None
     bits = torch.nn.functional.pad(seen.flatten(), (0, -seen.numel() % 8)).view(-1, 8).byte()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from attnbench import Backend, Problem, hookimpl
-from attnbench_plugins.flashinfer_calls import Call, FlashInfer, masked, ragged_prefill, single_prefill
+from attnbench_plugins.flashinfer_calls import Call, FlashInfer, hides_right, ragged_prefill, single_prefill
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ def refusal(problem: Problem) -> str | None:
     """Why it cannot do a problem."""
     if (problem.head_dim, problem.head_dim_v) not in HEAD_DIMS:
         return "head sizes of 64, 128 or 256 throughout, or 192 with values of 128"
-    return "no mask but a causal one and a window's left side" if masked(problem) else None
+    return "no mask but a causal one and a window's left side" if hides_right(problem) else None
 
 
 def candidates(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Call]:

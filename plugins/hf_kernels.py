@@ -1,7 +1,8 @@
 """Attention kernels of the Hugging Face Hub that lie in the cache of its package `kernels`, one backend for each.
 
 Nothing is ever downloaded: discovering reads folder names alone, and loading runs with the Hub offline. Knows the
-interface of flash-attn, which the kernels named after it share, and no other.
+interface of flash-attn, which the kernels named after it share, and no other: each is asked, and refused problems, as
+the plugin of the same generation does (flash_attn_family).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
-from attnbench.registry import installed_version
-from attnbench_plugins.masks import window_size
-from attnbench_plugins.packages import no_gpu
+from attnbench_plugins import flash_attn_4
+from attnbench_plugins.flash_attn_family import attending, lost_window, no_flash_attn_2, no_flash_attn_3, split_counts
+from attnbench_plugins.packages import AFTER_HOPPER, GPU, HOPPER, cores, no_gpu, not_installed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 EXAMPLE = "kernels-community/flash-attn2"
 COMMUNITY = "kernels-community"
 """Whose kernels are named without their publisher."""
-KNOWN = re.compile(r"(?:vllm-)?flash-attn-?([23])")
-"""Kernels with flash_attn_func, and which flash-attn they are."""
+KNOWN = re.compile(r"(?:vllm-)?flash-attn-?([234]?)")
+"""Kernels with flash_attn_func, and which flash-attn they are: the second, where no number is there."""
+GPUS: dict[str, tuple[GPU, GPU | None]] = {"2": ((8, 0), None), "3": ((8, 0), AFTER_HOPPER), "4": (HOPPER, None)}
 ATTENTION = re.compile("att(?:entio)?n", re.IGNORECASE)
 BUILDS: tuple[tuple[str, DeviceKind], ...] = (
     (r"(?:^|-)cpu(?:-|$)", "cpu"),
@@ -39,8 +41,6 @@ BUILDS: tuple[tuple[str, DeviceKind], ...] = (
     (r"(?:^|-)(?:cann\d+|npu)(?:-|$)", "npu"),
 )
 """What in the name of a build says which device it is for."""
-MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 256, 8
-"""Of flash-attn on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class HubKernel(Backend):
         self.summary = f"{cached.repo} of the Hugging Face Hub, from the local cache"
         self.homepage = f"https://huggingface.co/{cached.repo}"
         known = KNOWN.fullmatch(kernel)
-        self._generation = known and known[1]
+        self._generation = known and (known[1] or "2")
         """Which flash-attn it is; None where its interface is another."""
 
     def unavailable(self) -> str | None:
@@ -72,51 +72,31 @@ class HubKernel(Backend):
 
         if self._generation is None:
             return f"attnbench does not know how to call {self._cached.repo}"
-        if reason := no_gpu() if self.device == "cuda" else device(self.device).unavailable():
+        if self.device == "cpu":
+            return f"on a CPU {self._cached.repo} has a kernel for sequences of various lengths alone"
+        if reason := no_gpu(*GPUS[self._generation]) if self.device == "cuda" else device(self.device).unavailable():
             return str(reason)
         return no_package() or _no_build(self._cached.repo, self._cached.commit, self.device)
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.direction != "fwd":
-            return "forward only"
-        if self.device != "cuda":
-            return None
-        if problem.dtype == "fp32":
-            return "fp16 and bf16 only"
-        sizes = (problem.head_dim, problem.head_dim_v)
-        if max(sizes) > MAX_HEAD_DIM or any(size % HEAD_DIM_MULTIPLE for size in sizes):
-            return f"head sizes must be multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}"
-        if problem.head_dim != problem.head_dim_v and not (self._generation == "3" and _takes(*sizes)):
-            return "one head size for q, k and v"
-        return None
+        reason: str | None
+        if self._generation == "4":
+            reason = flash_attn_4.no_flash_attn_4(problem)
+        elif self._generation == "3":
+            reason = no_flash_attn_3(problem)
+        else:
+            reason = no_flash_attn_2(problem) or lost_window(problem)
+        return reason
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         attend = _load(self._cached.repo, self._cached.commit, self.device).flash_attn_func
-        # Where it can split the keys among blocks, 0 lets it choose how often; it would not split else.
-        tuned = {"num_splits": 0} if "num_splits" in inspect.signature(attend).parameters else {}
-        inputs = [tensor.transpose(1, 2) for tensor in (q, k, v)]
-        how: dict[str, Any] = {
-            "softmax_scale": problem.softmax_scale,
-            "causal": problem.causal,
-            "window_size": window_size(problem),
-            **tuned,
-        }
-
-        def call() -> Tensor:
-            output: Any = attend(*inputs, **how)
-            # Some give the log-sum-exp as well.
-            attended: Tensor = output[0] if isinstance(output, tuple) else output
-            return attended.transpose(1, 2)
-
-        call()
+        choices: list[dict[str, Any]] = [{}]
+        if self._generation == "4":
+            choices = flash_attn_4.choices(problem, cores(q))
+        elif "num_splits" in inspect.signature(attend).parameters:
+            choices = [{"num_splits": count} for count in split_counts(problem, cores(q))]
+        call: Callable[[], Tensor] = attending(attend, choices, problem, q, k, v)
         return call
-
-    def parallel_units(self, problem: Problem) -> int | None:
-        if self.device != "cpu":
-            return None
-        import torch
-
-        return torch.get_num_threads()
 
 
 class NoHubKernel(Backend):
@@ -139,15 +119,10 @@ class NoHubKernel(Backend):
         raise RuntimeError(self.unavailable())
 
 
-def _takes(head_dim: int, head_dim_v: int) -> bool:
-    """Whether FlashAttention-3 takes values of another size than keys (flash_api.cpp)."""
-    return head_dim <= 64 or (128 < head_dim <= 192 and 96 < head_dim_v <= 128)
-
-
 def no_package() -> str | None:
     """Why the package cannot be imported. Its name is short, and also that of a folder of attnbench's own checkout."""
-    if not installed_version("kernels"):
-        return "kernels is not installed: pip install 'attnbench[hf-kernels]'"
+    if reason := not_installed("kernels", "hf-kernels"):
+        return str(reason)
     spec = importlib.util.find_spec("kernels")
     folders = (spec and spec.submodule_search_locations) or []
     if any((Path(folder) / "load.py").exists() for folder in folders):
@@ -164,15 +139,16 @@ def cache_folder() -> Path:
 
 
 def cached_kernels(folder: Path) -> Iterator[Cached]:
-    """The attention kernels in a cache. Unreadable folders are passed over."""
+    """The attention kernels in a cache. One whose folders cannot be read is passed over."""
     for repo in sorted(folder.glob("kernels--*--*")):
         _, owner, kernel = repo.name.split("--", 2)
         if not ATTENTION.search(kernel):
             continue
-        builds = sorted(repo.glob("snapshots/*/build"), key=lambda build: build.stat().st_mtime)
-        if not builds:
+        try:
+            builds = sorted(repo.glob("snapshots/*/build"), key=lambda build: build.stat().st_mtime)
+            names = [build.name for build in builds[-1].iterdir()] if builds else []
+        except OSError:
             continue
-        names = [build.name for build in builds[-1].iterdir()]
         devices = tuple(kind for sign, kind in BUILDS if any(re.search(sign, name) for name in names))
         if devices:
             yield Cached(f"{owner}/{kernel}", builds[-1].parent.name, devices)
@@ -205,5 +181,9 @@ def _offline() -> Any:
 
 @hookimpl
 def attnbench_backends() -> Iterable[Backend]:
-    found = [HubKernel(cached, kind) for cached in cached_kernels(cache_folder()) for kind in cached.devices]
-    return found or [NoHubKernel()]
+    found: dict[tuple[str, DeviceKind], Backend] = {}
+    for cached in cached_kernels(cache_folder()):
+        for kind in cached.devices:
+            backend = HubKernel(cached, kind)
+            found.setdefault((backend.name, kind), backend)  # names that differ in what is no letter or digit alone
+    return list(found.values()) or [NoHubKernel()]

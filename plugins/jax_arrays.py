@@ -1,4 +1,4 @@
-"""How JAX starts, and how it sees torch's memory, in place. Knows no attention.
+"""How JAX starts, on which GPUs, and how it sees a problem's tensors in torch's memory. Knows no attention.
 
 JAX takes an array to be immutable, but reads its memory at each call of a jitted function: what torch writes there
 between two calls is seen, and nothing is copied.
@@ -11,13 +11,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from attnbench import Problem
 from attnbench.problem import DeviceKind
+from attnbench_plugins.folding import fold
+from attnbench_plugins.packages import GPU, missing, no_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CALLS, ROUNDS = 10, 3
-"""How often a candidate is called to see how fast it is: the shortest of three loops of ten calls."""
+"""How often a candidate is called to see how fast it is: the shortest of three loops of ten calls. Not measured, and as
+many as where torch is asked (fastest.py)."""
+LEAST_CAPABILITY: GPU = (8, 0)
 NOT_CAPTURED = "XLA runs on streams of its own, which a CUDA graph cannot hold"
 
 
@@ -33,6 +38,25 @@ def jax_on(device: DeviceKind) -> Any:
     import jax
 
     return jax
+
+
+def no_jax_on_a_gpu() -> str | None:
+    """Why there is no GPU, or no JAX for it."""
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    reasons = [missing(plugin, "jax-cuda") for plugin in plugins]
+    return no_gpu(LEAST_CAPABILITY) or missing("jax", "jax-cuda") or (reasons[0] if all(reasons) else None)
+
+
+def in_one_head(problem: Problem, tensor: Tensor) -> Tensor:
+    """A view as JAX wants it, (batch, length, heads, dim), with all queries of a key head in one."""
+    folded: Tensor = fold(problem, tensor)
+    return folded.flatten(0, 1).unsqueeze(2)
+
+
+def in_groups(problem: Problem, tensor: Tensor) -> Tensor:
+    """q as (batch · heads_kv, group, seqlen_q, dim), a view."""
+    folded: Tensor = fold(problem, tensor)
+    return folded.view(problem.batch * problem.heads_kv, -1, problem.seqlen_q, problem.head_dim)
 
 
 def view(tensor: Tensor) -> Any:
@@ -63,28 +87,32 @@ def on_torchs_stream(attend: Callable[..., Any], q: Tensor, *others: Any) -> Cal
     return call
 
 
-def fastest(candidates: Sequence[Callable[..., Any]], q: Any, *others: Any) -> Callable[..., Any]:
-    """The candidate that is fastest on these arrays, jitted; those that do not compile are out.
+def fastest_looped(
+    candidates: Sequence[Callable[..., Any]], q: Any, *others: Any, most: int | None = None
+) -> Callable[..., Any]:
+    """The candidate that is fastest on these arrays, jitted, of the first `most` that compile.
 
     Each is timed in a loop on the device, where its output, of q's shape, is the next q: a call is shorter than what
-    the host takes for it. Raises what the last one raised where none is left.
+    the host takes for it. Where none compiles, what the first raised is raised.
     """
     import jax
 
     if len(candidates) == 1:
         return cast(Callable[..., Any], jax.jit(candidates[0]))
     times: dict[int, float] = {}
-    error: Exception | None = None
+    errors: list[Exception] = []
     for index, candidate in enumerate(candidates):
+        if len(times) == most:
+            break
         looped = jax.jit(lambda q, *others, attend=candidate: _repeated(attend, q, others))
         try:
             looped(q, *others).block_until_ready()
         except Exception as failed:
-            error = failed
+            errors.append(failed)
             continue
         times[index] = min(_seconds(lambda: looped(q, *others)) for _ in range(ROUNDS))  # noqa: B023
     if not times:
-        raise error or ValueError("there is no candidate")
+        raise errors[0] if errors else ValueError("there is no candidate")
     return cast(Callable[..., Any], jax.jit(candidates[min(times, key=times.__getitem__)]))
 
 

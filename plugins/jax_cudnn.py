@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
-from attnbench_plugins.folding import fold, folded_visible
-from attnbench_plugins.jax_arrays import jax_on, on_torchs_stream, view
-from attnbench_plugins.packages import GPU, missing, no_gpu
+from attnbench_plugins.folding import folded_visible
+from attnbench_plugins.jax_arrays import in_groups, in_one_head, jax_on, no_jax_on_a_gpu, on_torchs_stream, view
+from attnbench_plugins.packages import HOPPER, capability
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEAST_CAPABILITY: GPU = (8, 0)
-HOPPER: GPU = (9, 0)
 MAX_HEAD_DIM, MAX_HEAD_DIM_OF_HOPPER = 128, 256
 HEAD_DIM_MULTIPLE = 8
 MASKED = -(2.0**15)
@@ -37,7 +35,8 @@ class JaxCudnn(Backend):
     libraries = MappingProxyType({"jax": "0.11.2", "jaxlib": "0.11.2"})
 
     def unavailable(self) -> str | None:
-        return no_jax_on_a_gpu()
+        reason: str | None = no_jax_on_a_gpu()
+        return reason
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.direction != "fwd":
@@ -84,32 +83,6 @@ class JaxCudnn(Backend):
         call = on_torchs_stream(jax.jit(attend), queries, *others)
         call()
         return lambda: call().view(problem.out_shape)
-
-
-def in_one_head(problem: Problem, tensor: Tensor) -> Tensor:
-    """A view as JAX wants it, (batch, length, heads, dim), with all queries of a key head in one."""
-    folded: Tensor = fold(problem, tensor)
-    return folded.flatten(0, 1).unsqueeze(2)
-
-
-def in_groups(problem: Problem, tensor: Tensor) -> Tensor:
-    """q as (batch · heads_kv, group, seqlen_q, dim), a view."""
-    folded: Tensor = fold(problem, tensor)
-    return folded.view(problem.batch * problem.heads_kv, -1, problem.seqlen_q, problem.head_dim)
-
-
-def no_jax_on_a_gpu() -> str | None:
-    """Why there is no GPU, or no JAX for it."""
-    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-    reasons = [missing(plugin, "jax-cuda") for plugin in plugins]
-    return no_gpu(LEAST_CAPABILITY) or missing("jax", "jax-cuda") or (reasons[0] if all(reasons) else None)
-
-
-def capability() -> GPU:
-    """The GPU's; Hopper's where there is none to ask."""
-    import torch
-
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else HOPPER
 
 
 @hookimpl

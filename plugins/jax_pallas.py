@@ -19,28 +19,37 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
-from attnbench_plugins.jax_arrays import fastest, jax_on, on_torchs_stream, view
-from attnbench_plugins.jax_cudnn import HOPPER, capability, in_groups, in_one_head, no_jax_on_a_gpu
-from attnbench_plugins.packages import GPU, missing
+from attnbench_plugins.jax_arrays import (
+    fastest_looped,
+    in_groups,
+    in_one_head,
+    jax_on,
+    no_jax_on_a_gpu,
+    on_torchs_stream,
+    view,
+)
+from attnbench_plugins.packages import AFTER_HOPPER, HOPPER, capability, cores, missing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Tiles = tuple[int, ...]
 
-AFTER_HOPPER: GPU = (10, 0)
 HOPPER_HEAD_DIM_MULTIPLE = 64
 HOPPER_TILES: tuple[Tiles, ...] = ((64, 128, 2), (64, 128, 4), (128, 64, 2), (128, 64, 4), (64, 64, 2), (64, 64, 4))
 """Queries of each of the two warpgroups, keys, and how many tiles of keys are on the way at once. JAX's own tests have
 these sizes; larger ones do not fit into a thread's registers."""
 SHARED_BYTES = 227 << 10
 TRITON_TILES: tuple[Tiles, ...] = ((128, 128, 8), (128, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4), (16, 16, 4))
-"""Queries, keys, warps."""
+"""Queries, keys, warps, the largest first: which of them compile depends on the head size and the GPU."""
 MOST_TRITON_TILES = 3
+"""Of those that compile. Not measured: each takes seconds to compile, and the smaller a tile, the more it reads."""
 SPLITS = (128, 64, 32, 16, 8, 4, 2, 1)
 """Into how many parts decode_attention may split the keys."""
 SPLIT_TILES = (128, 64, 32, 16)
 MOST_SPLITS = 4
+WAVES = 2
+"""How many splits are tried, and how many parts for each core at most. Neither was measured: see flash_attn_family."""
 LEAST_TILE = 16
 """What Triton's products of matrices need."""
 
@@ -72,7 +81,7 @@ class JaxPallas(Backend):
             return "no mask but a causal one"
         if problem.seqlen_q == 1:
             few = f"one query: head sizes of a power of 2, and keys of multiples of {LEAST_TILE}"
-            return None if splits(problem) else few
+            return None if splits(problem, cores=1) else few
         if problem.causal and problem.seqlen_q != problem.seqlen_k:
             return "its causal mask is aligned top-left"
         if hopper_tiles(problem) or triton_tiles(problem):
@@ -83,13 +92,18 @@ class JaxPallas(Backend):
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         jax_on("cuda")
-        build = _decoding if problem.seqlen_q == 1 else _on_hopper if hopper_tiles(problem) else _through_triton
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # JAX means to move the Triton kernels elsewhere
-            candidates = build(problem)
+            if problem.seqlen_q == 1:
+                candidates = _decoding(problem, cores(q))
+                most = len(candidates)
+            else:  # JAX refuses Hopper's kernel causal with CUDA 12.8 to 12.9.0: then there is the other
+                candidates = _on_hopper(problem)
+                most = len(candidates) + MOST_TRITON_TILES
+                candidates += _through_triton(problem)
         queries = in_groups(problem, q) if ordered(problem) else in_one_head(problem, q)
         others = [view(in_one_head(problem, tensor)) for tensor in (k, v)]
-        call = on_torchs_stream(fastest(candidates, view(queries), *others), queries, *others)
+        call = on_torchs_stream(fastest_looped(candidates, view(queries), *others, most=most), queries, *others)
         call()
         return lambda: call().view(problem.out_shape)
 
@@ -121,27 +135,29 @@ def hopper_tiles(problem: Problem) -> list[Tiles]:
 
 
 def triton_tiles(problem: Problem) -> list[Tiles]:
-    """The tiles with which FlashAttention-2 takes a problem, the largest of them."""
+    """The tiles with which FlashAttention-2 takes a problem, the largest first."""
     if ordered(problem):
         return []
-    fitting = [t for t in TRITON_TILES if rows(problem) % t[0] == 0 and problem.seqlen_k % t[1] == 0]
-    return fitting[:MOST_TRITON_TILES]
+    return [t for t in TRITON_TILES if rows(problem) % t[0] == 0 and problem.seqlen_k % t[1] == 0]
 
 
-def splits(problem: Problem) -> list[Tiles]:
-    """Into how many parts the keys may be split for one query, and the tile of each; those with most parts."""
+def splits(problem: Problem, cores: int) -> list[Tiles]:
+    """Into how many parts the keys may be split for one query, and the tile of each: what fills the cores, and 1."""
     if problem.head_dim & (problem.head_dim - 1):
         return []
+    most = max(1, WAVES * cores // (problem.batch * problem.heads_kv))
     found: list[Tiles] = []
-    for parts in SPLITS:
+    for parts in (parts for parts in SPLITS if parts <= most):
         length, rest = divmod(problem.seqlen_k, parts)
         tile = next((tile for tile in SPLIT_TILES if length % tile == 0), None)
         if rest == 0 and length > 0 and tile is not None:
             found.append((parts, tile))
-    return found[:MOST_SPLITS]
+    return found if len(found) <= MOST_SPLITS else [*found[: MOST_SPLITS - 1], found[-1]]
 
 
 def _on_hopper(problem: Problem) -> list[Callable[..., Any]]:
+    if not hopper_tiles(problem):
+        return []
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     apart = ordered(problem)
@@ -159,6 +175,8 @@ def _on_hopper(problem: Problem) -> list[Callable[..., Any]]:
 
 
 def _through_triton(problem: Problem) -> list[Callable[..., Any]]:
+    if not triton_tiles(problem):
+        return []
     from jax.experimental.pallas.ops.gpu import attention
 
     def attend(q: Any, k: Any, v: Any, *, tiles: Tiles) -> Any:
@@ -177,7 +195,7 @@ def _through_triton(problem: Problem) -> list[Callable[..., Any]]:
     return [functools.partial(attend, tiles=tiles) for tiles in triton_tiles(problem)]
 
 
-def _decoding(problem: Problem) -> list[Callable[..., Any]]:
+def _decoding(problem: Problem, cores: int) -> list[Callable[..., Any]]:
     from jax.experimental.pallas.ops.gpu import decode_attention
 
     def attend(q: Any, k: Any, v: Any, *, tiles: Tiles) -> Any:
@@ -186,7 +204,7 @@ def _decoding(problem: Problem) -> list[Callable[..., Any]]:
         out = decode_attention.mqa(*one, sm_scale=problem.softmax_scale, k_splits=parts, block_k=tile)
         return out.astype(q.dtype)[:, :, None]
 
-    return [functools.partial(attend, tiles=tiles) for tiles in splits(problem)]
+    return [functools.partial(attend, tiles=tiles) for tiles in splits(problem, cores)]
 
 
 @hookimpl

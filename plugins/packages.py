@@ -1,18 +1,32 @@
-"""Why a peer's library cannot be used: it is not installed, or the GPU is not one that it runs on. Imports none."""
+"""Whether a peer's library can be used: is it installed, and what GPU is there. Imports none of them."""
 
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
+
+from attnbench.registry import installed_version
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GPU = tuple[int, int]
 """A compute capability, (major, minor)."""
+HOPPER: GPU = (9, 0)
+AFTER_HOPPER: GPU = (10, 0)
 
 
 def missing(module: str, extra: str) -> str | None:
     """That no package `module` is installed, with the extra of attnbench that has it; None where it is."""
-    if importlib.util.find_spec(module) is not None:
-        return None
-    return f"{module} is not installed: pip install 'attnbench[{extra}]'"
+    return None if importlib.util.find_spec(module) is not None else _told(module, extra)
+
+
+def not_installed(distribution: str, extra: str | None = None) -> str | None:
+    """The same of a distribution, for those whose module does not tell; its extra has its name if none is given.
+
+    flash-attn and flash-attn-4 both have a folder flash_attn, and flash_attn.cute in it; kernels may be any folder.
+    """
+    return None if installed_version(distribution) else _told(distribution, extra or distribution)
 
 
 def no_gpu(least: GPU = (0, 0), below: GPU | None = None) -> str | None:
@@ -21,13 +35,31 @@ def no_gpu(least: GPU = (0, 0), below: GPU | None = None) -> str | None:
 
     if reason := device("cuda").unavailable():
         return reason
-    import torch
-
-    has = torch.cuda.get_device_capability()
+    has = capability()
     if has < least or (below is not None and has >= below):
         needs = f"{_shown(least)} or later" if below is None else f"from {_shown(least)} to below {_shown(below)}"
         return f"it needs a GPU of compute capability {needs}, and this one has {_shown(has)}"
     return None
+
+
+def capability() -> GPU:
+    """The GPU's; Hopper's where there is none to ask, so that problems are refused as there."""
+    import torch
+
+    from attnbench.devices import device
+
+    return HOPPER if device("cuda").unavailable() else torch.cuda.get_device_capability()
+
+
+def cores(tensor: Tensor) -> int:
+    """How many cores the tensor's device has, as attnbench counts them."""
+    from attnbench.devices import device
+
+    return device("cuda" if tensor.is_cuda else "cpu").info().cores or 1
+
+
+def _told(name: str, extra: str) -> str:
+    return f"{name} is not installed: pip install 'attnbench[{extra}]'"
 
 
 def _shown(capability: GPU) -> str:

@@ -1,6 +1,7 @@
-"""Transformer Engine's DotProductAttention, held to its fused attention, which is cuDNN's. It wants heads innermost.
+"""Transformer Engine's DotProductAttention, held to its fused attention, which is cuDNN's.
 
-Where a problem's heads cannot be told as more sequences of one head, it copies q, k and v into that order at each call.
+It wants heads next to the head size. Where a problem's heads cannot be told as more sequences of one head, it copies
+q, k and v into that order at each call.
 """
 
 from __future__ import annotations

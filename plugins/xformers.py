@@ -2,7 +2,8 @@
 
 FlashAttention-3 (compiled into 0.0.34, or flash-attn-3), FlashAttention-2 (flash-attn, or torch's), torch's CUTLASS
 kernel and xFormers' own split-K kernel in Triton. Each operator says itself what it cannot do, and is left out then;
-what is refused here none of them can.
+what is refused here none of these four can. Two are not tried: flash3.FwOp_KVSplit splits keys for biases of batches in
+one row alone, and cutlass_blackwell takes no scale.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench.registry import installed_version
 from attnbench_plugins.fastest import fastest
-from attnbench_plugins.flash_attn_family import is_blackwell, lost_window
-from attnbench_plugins.packages import missing, no_gpu
+from attnbench_plugins.flash_attn_family import lost_window, no_flash_attn_3
+from attnbench_plugins.packages import AFTER_HOPPER, HOPPER, capability, missing, no_gpu
 from attnbench_plugins.sdpa_kernels import odd_head_dim
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FLASH_MAX_HEAD_DIM = 256
+FLASH3_MIN_HEAD_DIM = 32
 MAX_HEAD_DIM = 65536
 MOST_SPLIT_ROWS = 256
-"""Of queries: beyond that the split-K kernel, whose tiles have 32 of them, is not worth trying."""
+"""Of queries: beyond that the split-K kernel, whose tiles have 32 of them, is not tried. Where it stops paying was not
+measured."""
 
 
 class XFormers(Backend):
@@ -61,7 +64,7 @@ class XFormers(Backend):
         if lost:
             return lost
         what = "on Blackwell"
-        if not is_blackwell():
+        if capability() < AFTER_HOPPER:
             what = "a query that sees no key" if problem.causal else "a window that is not causal"
         return f"{what} only in fp16 and bf16, for one head size up to {FLASH_MAX_HEAD_DIM}"
 
@@ -85,19 +88,43 @@ class XFormers(Backend):
 def operators(problem: Problem) -> list[str]:
     """The modules of xformers.ops.fmha whose operator is right for a problem, where it takes it."""
     half, same = problem.dtype != "fp32", problem.head_dim == problem.head_dim_v <= FLASH_MAX_HEAD_DIM
-    if half and same and not lost_window(problem):
-        found = ["flash3", "flash"]
-        split = not problem.causal and problem.window is None and problem.seqlen_q <= MOST_SPLIT_ROWS
-        return found + (["triton_splitk"] if split else []) + (["cutlass"] if _fits_cutlass(problem) else [])
-    if not _fits_cutlass(problem):
-        return []
-    return ["flash3", "cutlass"] if half else ["cutlass"]
+    flash = half and same and not lost_window(problem)
+    # Before Hopper it is one more of those that take a problem: whether a build has it there was not looked up.
+    found = ["flash3"] if (flash or capability() >= HOPPER) and _fits_flash3(problem) else []
+    if flash:
+        found += ["flash"]
+        if not problem.causal and problem.window is None and problem.seqlen_q <= MOST_SPLIT_ROWS:
+            found += ["triton_splitk"]
+    return found + (["cutlass"] if _fits_cutlass(problem) else [])
+
+
+def _fits_flash3(problem: Problem) -> bool:
+    """FlashAttention-3 has all masks and drops no window: where it is there, it may be the only one for a problem."""
+    sizes = (problem.head_dim, problem.head_dim_v)
+    return (
+        capability() < AFTER_HOPPER
+        and min(sizes) >= FLASH3_MIN_HEAD_DIM
+        and max(sizes) <= FLASH_MAX_HEAD_DIM
+        and not no_flash_attn_3(problem)
+        and _has_flash3()
+    )
+
+
+def _has_flash3() -> bool:
+    """Whether it is compiled in, or beside xFormers as the package flash_attn_3."""
+    for package, folder in (("xformers", "flash_attn_3"), ("flash_attn_3", "")):
+        spec = importlib.util.find_spec(package)
+        if any(any(Path(place, folder).glob("_C*")) for place in (spec and spec.submodule_search_locations) or ()):
+            return True
+    return False
 
 
 def _fits_cutlass(problem: Problem) -> bool:
     """It has no window to both sides, gives a query that sees no key no zeros, and is refused after Hopper."""
     return (
-        (problem.causal or problem.window is None) and problem.visible_rows == problem.seqlen_q and not is_blackwell()
+        (problem.causal or problem.window is None)
+        and problem.visible_rows == problem.seqlen_q
+        and capability() < AFTER_HOPPER
     )
 
 

@@ -93,7 +93,8 @@ def test_a_missing_library_is_named_with_the_extra_that_has_it(gpu, backend: Bac
         (FA2, (7, 5), "8.0 or later"),
         (FA3, (8, 9), "from 9.0 to below 10.0"),
         (FA3, (10, 0), "from 9.0 to below 10.0"),
-        (FA4, (8, 9), "9.0 or later"),
+        (FA4, (7, 5), "from 8.0 to below 13.0"),
+        (FA4, (13, 0), "from 8.0 to below 13.0"),
         (XFORMERS, (7, 5), "8.0 or later"),
     ],
     ids=lambda x: getattr(x, "name", None),
@@ -102,6 +103,13 @@ def test_a_gpu_that_it_does_not_run_on(gpu, backend: Backend, capability: tuple[
     gpu(*capability)
     has = ".".join(map(str, capability))
     assert backend.unavailable() == f"it needs a GPU of compute capability {needs}, and this one has {has}"
+
+
+def test_flash_attention_4s_kernels_for_ampere_are_not_asked_for(gpu) -> None:
+    gpu(8, 9)
+    assert FA4.unavailable() == (
+        "attnbench does not ask for its kernels for compute capability 8.x, which it has not run"
+    )
 
 
 def installed(folder: Path, distribution: str, **files: str) -> None:
@@ -241,20 +249,41 @@ def test_what_is_refused_has_its_reason(backend: Backend, case: Problem, reason:
     assert backend.unsupported(case) == reason
 
 
+ON_10 = "on compute capability 10.x and 11.x head sizes up to 128, 192×128 and 256"
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (11, 0)])
 @pytest.mark.parametrize(
     ("backend", "case", "reason"),
     [
-        (FA4, problem(head_dim=160), "on Blackwell head sizes up to 128, 192×128 and 256"),
-        (FA4, problem(head_dim=256, head_dim_v=128), "on Blackwell head sizes up to 128, 192×128 and 256"),
+        (FA4, problem(head_dim=160), ON_10),
+        (FA4, problem(head_dim=256, head_dim_v=128), ON_10),
         *((FA4, problem(head_dim=d, head_dim_v=e), None) for d, e in ((64, 128), (192, 128), (256, 256))),
         (XFORMERS, problem(dtype="fp32"), f"on Blackwell {FLASH_ALONE}"),
         (XFORMERS, problem(head_dim_v=64), f"on Blackwell {FLASH_ALONE}"),
         (XFORMERS, problem(80, 40, causal=True), None),
     ],
 )
-def test_what_is_refused_on_blackwell(gpu, backend: Backend, case: Problem, reason: str | None) -> None:
-    gpu(10, 0)
+def test_what_is_refused_on_blackwell(gpu, backend: Backend, case: Problem, reason: str | None, capability) -> None:
+    gpu(*capability)
     assert backend.unsupported(case) == reason
+
+
+def test_what_flash_attention_4_refuses_on_a_blackwell_with_the_kernels_of_ampere(gpu) -> None:
+    gpu(12, 1)
+    reason = "on compute capability 12.x head sizes up to 192, and values no larger than keys"
+    sizes = ((64, 64), (192, 192), (192, 128), (160, 8), (200, 200), (256, 64), (64, 128))
+    found = [FA4.unsupported(problem(head_dim=d, head_dim_v=e)) for d, e in sizes]
+    assert found == [None] * 4 + [reason] * 3
+    assert XFORMERS.unsupported(problem(dtype="fp32")) == f"on Blackwell {FLASH_ALONE}"
+
+
+def test_before_hopper_flash_attention_3_has_no_values_of_another_size(gpu) -> None:
+    """Of those who bring it, the Hub's and xFormers' builds run there."""
+    gpu(8, 0)
+    reason = "values of another size than keys only on Hopper"
+    assert flash_attn_family.no_flash_attn_3(problem(head_dim=64, head_dim_v=128)) == reason
+    assert flash_attn_family.no_flash_attn_3(problem(head_dim=128)) is None
 
 
 # --- stand-ins --------------------------------------------------------------------------------------------------------
@@ -404,7 +433,7 @@ def fa4_func(
     refuse_layout(q, k, v)
     refuse_unless(q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0, "divisible by 8")
     refuse_unless(q.shape[-1] > 96 or v.shape[-1] <= 192, "PTX assembly failed: Insufficient registers")
-    refuse_unless(flash_attn_4.is_blackwell() or num_splits <= 1, "SplitKV not supported on SM 9.0")
+    refuse_unless(flash_attn_4.capability()[0] in (10, 11) or num_splits <= 1, "SplitKV not supported on SM 9.0")
     left, right = window_size
     if left is not None and right is not None and left < 0 and right < 0:
         left = right = None
@@ -506,6 +535,7 @@ def fa3_fwd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xformers, "_has_flash3", lambda: True)
     module(monkeypatch, "flash_attn", flash_attn_with_kvcache=fa2_with_kvcache)
     module(monkeypatch, "flash_attn.cute", flash_attn_func=fa4_func)
     module(monkeypatch, "flash_attn_interface", flash_attn_with_kvcache=fa3_with_kvcache(set()))
@@ -523,26 +553,31 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     sys.modules["xformers.ops"].fmha = fmha  # type: ignore[attr-defined]
 
 
+class Tried(list[Callable[[], Tensor]]):
+    """What a plugin chose among, but for those that the library refused."""
+
+    refused = 0
+
+
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], Tensor]]:
-    """What the plugin chose among, but for those that the library refused; the first is chosen."""
-    found: list[Callable[[], Tensor]] = []
+def tried(monkeypatch: pytest.MonkeyPatch) -> Tried:
+    """Whatever the plugin chooses among; the first that works is chosen."""
+    found = Tried()
 
     def first(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
         for call in calls:
             try:
                 call()
             except (RuntimeError, ValueError):
+                found.refused += 1
                 continue
             found.append(call)
         return found[0]
 
     monkeypatch.setattr(flash_attn_family, "fastest", first)
     monkeypatch.setattr(xformers, "fastest", first)
-    monkeypatch.setattr(flash_attn_family, "cores", lambda _: 132)
-    monkeypatch.setattr(flash_attn, "cores", lambda _: 132)
-    monkeypatch.setattr(flash_attn_3, "cores", lambda _: 132)
-    monkeypatch.setattr(flash_attn_4, "cores", lambda _: 132)
+    for backend in (flash_attn, flash_attn_3, flash_attn_4):
+        monkeypatch.setattr(backend, "cores", lambda _: 132)
     return found
 
 
@@ -573,12 +608,15 @@ SHAPES = (
 
 @pytest.mark.parametrize("backend", PEERS, ids=lambda b: b.name)
 @pytest.mark.parametrize("case", SHAPES, ids=lambda p: p.case_id)
-def test_whatever_is_chosen_is_right_and_copies_no_input(libraries, tried, backend: Backend, case: Problem) -> None:
-    if backend.unsupported(case):
-        return
+def test_whatever_is_chosen_is_right_and_copies_no_input(
+    libraries, tried: Tried, backend: Backend, case: Problem
+) -> None:
+    if reason := backend.unsupported(case):
+        pytest.skip(reason)
     inputs, others = make_inputs(case, 0), make_inputs(case, 1)
     backend.prepare(case, inputs.q, inputs.k, inputs.v)
-    assert tried
+    assert tried.refused == 0
+    assert len(tried) == candidates(backend, case)
     reference = Reference.of(case, inputs, 0)
     for call in tried:
         output = call()
@@ -588,6 +626,14 @@ def test_whatever_is_chosen_is_right_and_copies_no_input(libraries, tried, backe
         tensor.data.copy_(other)
     reference = Reference.of(case, others, 0)
     assert [reference.judge(call()).fault for call in tried] == [""] * len(tried), "of the inputs as they were"
+
+
+def candidates(backend: Backend, case: Problem) -> int:
+    """Among how many a plugin is to choose on a Hopper of 132 cores."""
+    if backend is XFORMERS:
+        return len(xformers.operators(case))
+    grouped = case.heads_q != case.heads_kv
+    return (1 if backend is FA4 else len(split_counts(case, 132))) + (grouped and backend is not FA2)
 
 
 @pytest.mark.parametrize("backend", PEERS, ids=lambda b: b.name)
@@ -609,10 +655,12 @@ def test_the_fastest_is_chosen_by_trying(libraries, monkeypatch, backend: Backen
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=lambda p: p.case_id)
-def test_what_flash_attention_2_refuses_it_would_get_wrong(libraries, tried, case: Problem) -> None:
-    """The reason is true: with the window that it drops, the answer is another."""
+def test_the_window_that_the_stand_in_drops_as_flash_attention_2_does_makes_it_wrong(
+    libraries, tried, case: Problem
+) -> None:
+    """So it would find the plugin out if that asked."""
     if FA2.unsupported(case) != LOST:
-        return
+        pytest.skip("its window is not lost")
     inputs = make_inputs(case, 0)
     FA2.prepare(case, inputs.q, inputs.k, inputs.v)
     assert Reference.of(case, inputs, 0).judge(tried[0]()).fault
@@ -659,17 +707,26 @@ def test_flash_attention_2_and_3_are_asked_with_every_number_of_splits(libraries
     splits = [mask | {"num_splits": count} for count in (0, 1, 2, 4, 8)]
     assert asked(monkeypatch, FA2, "flash_attn", "flash_attn_with_kvcache", case) == splits
     packed = [mask | {"num_splits": 1, "pack_gqa": packed} for packed in (True, False)]
+    splits.remove(mask | {"num_splits": 1})
     assert asked(monkeypatch, FA3, "flash_attn_interface", "flash_attn_with_kvcache", case) == splits + packed
+    case = problem(1, 1000, causal=True)
+    splits = [mask | {"softmax_scale": case.softmax_scale, "num_splits": count} for count in (0, 1, 2, 4, 8)]
+    assert asked(monkeypatch, FA3, "flash_attn_interface", "flash_attn_with_kvcache", case) == splits
 
 
-def test_flash_attention_4_splits_on_blackwell_alone(libraries, tried, monkeypatch) -> None:
+def test_flash_attention_4_splits_on_capability_10_and_11_alone(libraries, tried, monkeypatch) -> None:
     case = problem(1, 1000, heads_q=4, heads_kv=2, window=40)
     mask = {"softmax_scale": case.softmax_scale, "causal": False, "window_size": (39, 39)}
-    hopper = asked(monkeypatch, FA4, "flash_attn.cute", "flash_attn_func", case)
-    assert hopper == [mask, mask | {"pack_gqa": False}]
-    monkeypatch.setattr(flash_attn_4, "is_blackwell", lambda: True)
-    blackwell = asked(monkeypatch, FA4, "flash_attn.cute", "flash_attn_func", case)
-    assert blackwell == [*(mask | {"num_splits": count} for count in (0, 1, 2)), mask | {"pack_gqa": False}]
+    unpacked = mask | {"pack_gqa": False}
+    for major, choices in {
+        9: [mask, unpacked],
+        10: [*(mask | {"num_splits": count} for count in (0, 1, 2)), unpacked],
+        11: [*(mask | {"num_splits": count} for count in (0, 1, 2)), unpacked],
+        12: [mask, unpacked],
+    }.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(flash_attn_4, "capability", lambda has=(major, 0): has)
+            assert asked(patched, FA4, "flash_attn.cute", "flash_attn_func", case) == choices
 
 
 @pytest.mark.parametrize(
@@ -681,13 +738,45 @@ def test_flash_attention_4_splits_on_blackwell_alone(libraries, tried, monkeypat
         (problem(window=9), ["flash3", "flash"]),
         (problem(80, 40, causal=True), ["flash3", "flash"]),
         (problem(head_dim_v=64), ["flash3", "cutlass"]),
-        (problem(head_dim=512), ["flash3", "cutlass"]),
+        (problem(head_dim=512), ["cutlass"]),
+        (problem(head_dim=16), ["flash", "triton_splitk", "cutlass"]),
+        (problem(head_dim=128, head_dim_v=64), ["cutlass"]),
+        (problem(head_dim=64, head_dim_v=512), ["cutlass"]),
+        (problem(head_dim=192, head_dim_v=128, window=9), ["flash3"]),
+        (problem(80, 40, head_dim_v=64, causal=True), ["flash3"]),
+        (problem(80, 40, window=60), ["flash3"]),
         (problem(dtype="fp32"), ["cutlass"]),
     ],
     ids=lambda x: getattr(x, "case_id", None),
 )
-def test_xformers_tries_the_operators_that_are_right(case: Problem, names: list[str]) -> None:
+def test_xformers_tries_the_operators_that_are_right(monkeypatch, case: Problem, names: list[str]) -> None:
+    monkeypatch.setattr(xformers, "_has_flash3", lambda: True)
     assert xformers.operators(case) == names
+    assert XFORMERS.unsupported(case) is None
+    monkeypatch.setattr(xformers, "_has_flash3", lambda: False)
+    assert xformers.operators(case) == [name for name in names if name != "flash3"]
+    assert (XFORMERS.unsupported(case) is None) == (names != ["flash3"]), "by the others' limits then"
+    monkeypatch.setattr(xformers, "_has_flash3", lambda: True)
+    monkeypatch.setattr(xformers, "capability", lambda: (8, 0))
+    monkeypatch.setattr(flash_attn_family, "capability", lambda: (8, 0))
+    assert xformers.operators(case) == ([] if names == ["flash3"] else names if "flash" in names else ["cutlass"])
+    monkeypatch.setattr(xformers, "capability", lambda: (10, 0))
+    assert xformers.operators(case) == [name for name in names if name in ("flash", "triton_splitk")]
+
+
+def test_flash_attention_3_is_looked_for_in_xformers_and_beside_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for folder in ("xformers", "flash_attn_3"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert not xformers._has_flash3()
+    for folder in ("xformers/flash_attn_3", "flash_attn_3"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "_C.abi3.so").touch()
+        assert xformers._has_flash3()
+        (tmp_path / folder / "_C.abi3.so").unlink()
+    assert not xformers._has_flash3()
 
 
 def test_the_views_that_xformers_gets_are_of_the_tensors_themselves() -> None:
@@ -720,6 +809,17 @@ def test_a_lesser_build_of_flash_attention_3_refuses_what_was_left_out(gpu, monk
     assert FA3.unsupported(problem(head_dim=192)) == "head sizes up to 128"
 
 
+@pytest.mark.parametrize("feature", ["HDIM64", "HDIMDIFF64"])
+def test_a_build_without_the_kernels_for_larger_values_refuses_what_it_would_get_wrong(monkeypatch, feature) -> None:
+    module(monkeypatch, "flash_attn_interface")
+    flags = {f"FLASHATTENTION_DISABLE_{feature}": True}
+    module(monkeypatch, "flash_attn_config", CONFIG={"build_flags": flags})
+    reason = "this flash_attn_interface is built without values of more than 64 for keys of up to 64"
+    assert FA3.unsupported(problem(head_dim=64, head_dim_v=72)) == reason
+    sizes = ((32, 64), (64, 64), (192, 128), (96, 96))
+    assert [FA3.unsupported(problem(head_dim=d, head_dim_v=e)) for d, e in sizes] == [None] * 4
+
+
 @pytest.mark.parametrize("case", SHAPES, ids=lambda p: p.case_id)
 def test_a_lesser_build_of_flash_attention_3_is_right_where_it_is_asked(monkeypatch, tried, case: Problem) -> None:
     fa3_fwd(monkeypatch)
@@ -736,6 +836,10 @@ def test_a_lesser_build_of_flash_attention_3_is_right_where_it_is_asked(monkeypa
 # --- on a GPU, with the libraries that are there ----------------------------------------------------------------------
 
 
+REFUSED = {"flash_attn": [128], "flash_attn_3": [], "flash_attn_4": [], "xformers": []}
+"""Of the suite by its lengths of q, on a Hopper."""
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="it computes on a GPU, and torch sees none")
 @pytest.mark.parametrize("backend", PEERS, ids=lambda b: b.name)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -745,7 +849,15 @@ def test_it_is_right_and_captured_where_it_says_that_it_can(tmp_path: Path, back
     results = run(tmp_path, "--backends", backend.name, *words)
     if results[0]["status"] == "UNAVAILABLE":
         pytest.skip(results[0]["reason"])
-    ends = [(r["status"], r["reason"]) for r in results]
-    assert {status for status, _ in ends} <= {"PASSED", "UNSUPPORTED"}, ends
-    methods = {r["measurement"]["timing_method"] for r in results if r["measurement"]}
-    assert methods <= {"cuda_graph"}
+    refused = REFUSED[backend.name]
+    if backend is FA3 and flash_attn_3.installed()[0] == "fa3_fwd_interface":  # built without fp16 and windows
+        refused = [r["problem"]["seqlen_q"] for r in results] if dtype == "fp16" else [130]
+    if backend is XFORMERS and torch.cuda.get_device_capability() >= (10, 0):
+        refused = [128]
+    ends = {r["problem"]["seqlen_q"]: (r["status"], r["reason"]) for r in results}
+    assert [length for length, (status, _) in ends.items() if status == "UNSUPPORTED"] == refused
+    passed = [length for length, (status, _) in ends.items() if status == "PASSED"]
+    assert sorted(passed + refused) == sorted(ends), ends
+    if not passed:
+        pytest.skip(f"this build has no {dtype}")
+    assert {r["measurement"]["timing_method"] for r in results if r["measurement"]} == {"cuda_graph"}

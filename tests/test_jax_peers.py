@@ -263,10 +263,30 @@ def test_the_fastest_candidate_that_compiles_is_kept(monkeypatch: pytest.MonkeyP
     def fails(q: Any) -> Any:
         raise ValueError("no such tile")
 
-    kept = jax_arrays.fastest([lambda q: q + 1, fails, lambda q: q + 2, lambda q: q + 3], q)
+    kept = jax_arrays.fastest_looped([lambda q: q + 1, fails, lambda q: q + 2, lambda q: q + 3], q)
     assert kept(q).tolist() == [3.0] * 8
+
+    def fails_too(q: Any) -> Any:
+        raise TypeError("nor this")
+
     with pytest.raises(ValueError, match="no such tile"):
-        jax_arrays.fastest([fails, fails], q)
+        jax_arrays.fastest_looped([fails, fails_too], q)
+    with pytest.raises(ValueError, match="no candidate"):
+        jax_arrays.fastest_looped([], q)
+
+
+def test_as_many_candidates_are_timed_as_are_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    jax_arrays.jax_on("cpu")
+    q = jax_arrays.view(torch.ones(8))
+    monkeypatch.setattr(jax_arrays, "ROUNDS", 1)
+    seconds = iter([2.0, 1.0])
+    monkeypatch.setattr(jax_arrays, "_seconds", lambda call: next(seconds))
+
+    def fails(q: Any) -> Any:
+        raise ValueError("no such tile")
+
+    kept = jax_arrays.fastest_looped([fails, fails, *(lambda q, n=n: q + n for n in (1, 2, 3))], q, most=2)
+    assert kept(q).tolist() == [3.0] * 8
 
 
 # --- cuDNN ------------------------------------------------------------------------------------------------------------
@@ -388,9 +408,17 @@ def test_pallas_for_one_query_splits_the_keys(interpreted: list[str], dtype: Dty
 
 
 def test_the_keys_of_one_query_are_split_into_whole_tiles() -> None:
-    assert jax_pallas.splits(problem(1, 4096)) == [(128, 32), (64, 64), (32, 128), (16, 128)]
-    assert jax_pallas.splits(problem(1, 48)) == [(1, 16)]
-    assert jax_pallas.splits(problem(1, 40)) == []
+    assert jax_pallas.splits(problem(1, 4096), 132) == [(128, 32), (64, 64), (32, 128), (1, 128)]
+    assert jax_pallas.splits(problem(1, 48), 132) == [(1, 16)]
+    assert jax_pallas.splits(problem(1, 40), 132) == []
+
+
+def test_the_more_heads_there_are_the_fewer_parts_are_tried() -> None:
+    found = {
+        heads: [parts for parts, _ in jax_pallas.splits(problem(1, 4096, batch=2, heads_q=heads), 132)]
+        for heads in (1, 4, 16, 66, 1000)
+    }
+    assert found == {1: [128, 64, 32, 1], 4: [32, 16, 8, 1], 16: [8, 4, 2, 1], 66: [2, 1], 1000: [1]}
 
 
 def test_tiles_fit_the_lengths_and_hoppers_shared_memory() -> None:
@@ -399,7 +427,7 @@ def test_tiles_fit_the_lengths_and_hoppers_shared_memory() -> None:
     assert jax_pallas.hopper_tiles(problem(128, 128)) == [(64, 64, 2)]
     assert jax_pallas.hopper_tiles(problem(256, 512, head_dim=256)) == [(64, 64, 2)]
     assert jax_pallas.hopper_tiles(problem(256, 512, "bf16")) == []
-    assert jax_pallas.triton_tiles(problem(192, 256)) == [(64, 64, 4), (64, 32, 4), (32, 32, 4)]
+    assert jax_pallas.triton_tiles(problem(192, 256)) == [(64, 64, 4), (64, 32, 4), (32, 32, 4), (16, 16, 4)]
 
 
 @dataclass(frozen=True)
@@ -454,3 +482,20 @@ def test_pallas_on_hopper_is_asked_for_the_right_thing(hopper: list[TuningConfig
     tiles = {(config.block_q, config.block_kv, config.max_concurrent_steps) for config in hopper}
     assert tiles == set(jax_pallas.hopper_tiles(case))
     assert {config.causal for config in hopper} == {case.causal}
+
+
+@INTERPRETED
+def test_what_pallas_refuses_on_hopper_goes_through_triton_where_that_takes_it(
+    hopper: list[TuningConfig], interpreted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*given: Any) -> Any:
+        raise ValueError("Causal masking not supported with cuda versions between 12.8.0 and 12.9.1")
+
+    mgpu = sys.modules["jax.experimental.pallas.ops.gpu.attention_mgpu"]
+    monkeypatch.setattr(mgpu, "attention", refuses)
+    case = problem(256, 256, causal=True)
+    assert jax_pallas.hopper_tiles(case)
+    assert judged(PALLAS, case) == ""
+    assert set(interpreted) == {"mha"}
+    with pytest.raises(ValueError, match="Causal masking"):  # heads that are grouped it does not take
+        judged(PALLAS, problem(256, 256, causal=True, heads_q=4, heads_kv=2))

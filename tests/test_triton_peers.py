@@ -165,14 +165,22 @@ def test_a_query_reaches_as_far_as_its_mask_says() -> None:
     assert tiling.reach(problem(3, 5, window=1 << 39, causal=True)) == (8, 1)
 
 
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(16, 16), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(16, 16), (128, 128), (192, 128), (16, 256), (256, 256)])
 @pytest.mark.parametrize("seqlen_q", [1, 64, 4096])
-def test_tilelangs_tiles_fit_into_a_hoppers_shared_memory(head_dim: int, head_dim_v: int, seqlen_q: int) -> None:
-    for rows, keys, stages, threads in tilelang_flash.tiles(
-        problem(seqlen_q, 64, "fp16", head_dim=head_dim, head_dim_v=head_dim_v)
-    ):
-        assert 2 * (rows * head_dim + stages * keys * (head_dim + head_dim_v)) <= 227 << 10
+def test_tilelangs_tiles_fit_into_the_shared_memory(head_dim: int, head_dim_v: int, seqlen_q: int, shared: int) -> None:
+    case = problem(seqlen_q, 64, "fp16", head_dim=head_dim, head_dim_v=head_dim_v)
+    tiles = tilelang_flash.tiles(case, shared)
+    assert tiles
+    for rows, keys, stages, threads in tiles:
+        assert 2 * (rows * head_dim + stages * keys * (head_dim + head_dim_v)) <= shared
         assert threads == 2 * rows, "a warp group of 128 threads for 64 rows"
+
+
+def test_a_gpus_shared_memory_is_a_processors_but_for_what_each_block_reserves(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(shared_memory_per_multiprocessor=100 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert tilelang_flash.shared_bytes(torch.ones(1)) == 99 << 10
 
 
 # --- what triton_flash computes ---------------------------------------------------------------------------------------
@@ -308,8 +316,8 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> OurKernels:
     kernels = OurKernels()
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr(tilelang_flash, "compiled", lambda function: function)
-    monkeypatch.setattr(CudaDevice, "__init__", lambda self: None)
-    monkeypatch.setattr(CudaDevice, "info", lambda self: SimpleNamespace(cores=8))
+    monkeypatch.setattr(tilelang_flash, "cores", lambda tensor: 8)
+    monkeypatch.setattr(tilelang_flash, "shared_bytes", lambda tensor: 227 << 10)
     return kernels
 
 
@@ -321,9 +329,27 @@ def test_tilelang_flash_asks_its_kernel_for_the_right_thing(
     monkeypatch.setattr(tilelang_flash, "fastest", lambda calls: list(calls)[which])
     case = Problem.from_json(case.to_json() | {"dtype": "fp16"})
     assert judged(TILELANG, case) == ""
-    sizes = [tile for tile, _ in ours.asked]
-    assert sizes == tilelang_flash.tiles(case)
-    assert [splits for _, splits in ours.asked] == [tiling.split_count(case, t[0], t[1], 8) for t in sizes]
+    tile = tilelang_flash.tiles(case, 227 << 10)[which]
+    assert ours.asked == [(tile, tiling.split_count(case, tile[0], tile[1], 8))]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_tile_that_does_not_compile_is_left_out(
+    ours: OurKernels, which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = problem(100, 40, "fp16")
+    broken = tilelang_flash.tiles(case, 227 << 10)[which]
+    whole = ours.attention
+
+    def attention(*sizes: Any) -> Any:
+        if broken in sizes:
+            ours.asked.append((broken, 0))
+            raise RuntimeError("out of registers")
+        return whole(*sizes)
+
+    monkeypatch.setattr(ours, "attention", attention)
+    assert judged(TILELANG, case) == ""
+    assert [tile for tile, _ in ours.asked] == tilelang_flash.tiles(case, 227 << 10), "each compiled once"
 
 
 def test_tilelang_flash_reads_what_q_k_and_v_hold_then(ours: OurKernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,11 +357,11 @@ def test_tilelang_flash_reads_what_q_k_and_v_hold_then(ours: OurKernels, monkeyp
     case = problem(3, 300, "bf16", heads_q=4, heads_kv=1)
     first, second = make_inputs(case, 0), make_inputs(case, 1)
     call = TILELANG.prepare(case, first.q, first.k, first.v)
-    assert ours.asked[0][1] == 4
     for tensor, now in ((first.q, second.q), (first.k, second.k), (first.v, second.v)):
         before = call().clone()
         tensor.data.copy_(now)
         assert not call().equal(before)
+    assert [splits for _, splits in ours.asked] == [4]
     assert Reference.of(case, second, 0).judge(call()).fault == ""
 
 
@@ -453,7 +479,8 @@ def test_sageattention_is_asked_for_the_right_thing(sage: None, dtype: Dtype, fi
     assert judged(SAGE, case) == ""
 
 
-def test_the_reason_is_true_of_keys_that_do_not_fill_a_block(sage: None) -> None:
+def test_keys_that_do_not_fill_a_block_make_the_stand_in_wrong_as_they_do_sageattention(sage: None) -> None:
+    """So it would find the plugin out if that asked."""
     assert judged(SAGE, problem(70, 100, "bf16")) != ""
 
 
