@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
+from attnbench_plugins.masks import hides
 from attnbench_plugins.packages import missing, no_gpu
 from attnbench_plugins.sdpa_cudnn import not_built
 from attnbench_plugins.sdpa_kernels import HEAD_DIM_MULTIPLE, odd_head_dim
@@ -105,7 +106,7 @@ def plans(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Callabl
 
 def _mask(problem: Problem) -> dict[str, Any]:
     """The band of keys that a query sees, as sdpa() takes it: what it sees to the left includes its own key."""
-    if not problem.causal and problem.window is None:
+    if not hides(problem):
         return {}
     import cudnn
 

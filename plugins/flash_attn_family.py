@@ -81,7 +81,7 @@ def lost_window(problem: Problem) -> str | None:
     the window see none.
     """
     lost = problem.window is not None and not problem.causal and problem.seqlen_k < problem.window < problem.seqlen_q
-    return "a window of more than seqlen_k keys to both sides, which FlashAttention-2 drops" if lost else None
+    return "a window of more than seqlen_k keys to both sides, which the library drops" if lost else None
 
 
 def split_counts(problem: Problem, cores: int) -> list[int]:

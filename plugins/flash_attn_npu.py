@@ -85,9 +85,7 @@ def planned(problem: Problem, queries: tuple[int, int, int], heads_kv: int, q: T
 
     library = importlib.import_module(PACKAGE)
     lengths = torch.full((queries[0],), problem.seqlen_k, dtype=torch.int32, device=q.device)
-    masks: dict[str, Any] = {"causal": False, "window_size": (-1, -1)}
-    if hides(problem):
-        masks = {"causal": problem.causal, "window_size": window_size(problem)}
+    masks: dict[str, Any] = {"causal": problem.causal and hides(problem), "window_size": window_size(problem)}
     how = masks | {"softmax_scale": problem.softmax_scale, "num_splits": 1}
     plan = library.get_scheduler_metadata(
         batch_size=queries[0],

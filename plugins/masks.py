@@ -15,15 +15,17 @@ WHOLE = -1
 """Of flash-attn's window: that the side has no limit."""
 
 
-def window_size(problem: Problem) -> tuple[int, int]:
-    """How many keys to the left and to the right of its own a query sees, as flash-attn's `window_size` counts them."""
-    side = WHOLE if problem.window is None else problem.window - 1
-    return (side, 0 if problem.causal else side)
-
-
 def hides(problem: Problem) -> bool:
     """Whether some query does not see some key: one query sees all under a causal mask, as all do in a wide window."""
     return problem.visible_pairs < problem.seqlen_q * problem.seqlen_k
+
+
+def window_size(problem: Problem) -> tuple[int, int]:
+    """How many keys to the left and to the right of its own a query sees, as flash-attn's `window_size` counts them."""
+    if not hides(problem):
+        return (WHOLE, WHOLE)
+    side = WHOLE if problem.window is None else problem.window - 1
+    return (side, 0 if problem.causal else side)
 
 
 def visible(problem: Problem, device: torch.device) -> Tensor | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from attnbench import Backend, Problem, hookimpl
 from attnbench.problem import DeviceKind
 from attnbench_plugins.cudnn_frontend import refusal
-from attnbench_plugins.masks import window_size
+from attnbench_plugins.masks import hides, window_size
 from attnbench_plugins.packages import missing, no_gpu
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class TransformerEngine(Backend):
             (problem.head_dim, problem.head_dim_v),
             num_gqa_groups=heads_kv,
             qkv_format="bshd",
-            attn_mask_type="causal_bottom_right" if problem.causal else "no_mask",
+            attn_mask_type="causal_bottom_right" if problem.causal and hides(problem) else "no_mask",
             window_size=window_size(problem),
             attention_type="self" if lengths[0] == lengths[1] else "cross",
             softmax_scale=problem.softmax_scale,

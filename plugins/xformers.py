@@ -21,6 +21,7 @@ from attnbench.problem import DeviceKind
 from attnbench.registry import installed_version
 from attnbench_plugins.fastest import fastest
 from attnbench_plugins.flash_attn_family import lost_window, no_flash_attn_3
+from attnbench_plugins.masks import hides, window_size
 from attnbench_plugins.packages import AFTER_HOPPER, HOPPER, capability, missing, no_gpu
 from attnbench_plugins.sdpa_kernels import odd_head_dim
 
@@ -93,7 +94,7 @@ def operators(problem: Problem) -> list[str]:
     found = ["flash3"] if (flash or capability() >= HOPPER) and _fits_flash3(problem) else []
     if flash:
         found += ["flash"]
-        if not problem.causal and problem.window is None and problem.seqlen_q <= MOST_SPLIT_ROWS:
+        if not hides(problem) and problem.seqlen_q <= MOST_SPLIT_ROWS:
             found += ["triton_splitk"]
     return found + (["cutlass"] if _fits_cutlass(problem) else [])
 
@@ -145,12 +146,12 @@ def attn_bias(problem: Problem) -> Any:
     """The mask as one of xFormers' classes, all of them aligned bottom-right; None where there is none."""
     from xformers.ops.fmha import attn_bias as biases
 
+    if not hides(problem):
+        return None
     if problem.causal:
         causal = biases.LowerTriangularFromBottomRightMask()
         return causal if problem.window is None else causal.make_local_attention(problem.window)
-    if problem.window is None:
-        return None
-    return biases.LocalAttentionFromBottomRightMask(problem.window - 1, problem.window - 1)
+    return biases.LocalAttentionFromBottomRightMask(*window_size(problem))
 
 
 def _misplaced_flash_attn() -> str | None:

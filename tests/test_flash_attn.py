@@ -198,7 +198,7 @@ def test_listing_them_imports_no_library(tmp_path: Path, monkeypatch: pytest.Mon
 
 NO_FP32 = "fp16 and bf16 only"
 BY_8 = "head sizes must be multiples of 8 in fp16"
-LOST = "a window of more than seqlen_k keys to both sides, which FlashAttention-2 drops"
+LOST = "a window of more than seqlen_k keys to both sides, which the library drops"
 FLASH_ALONE = "only in fp16 and bf16, for one head size up to 256"
 
 

@@ -277,7 +277,7 @@ def test_what_cannot_be_used_says_why(cache: Callable[..., Path], monkeypatch: p
 OF_8 = "head sizes must be multiples of 8 in fp16"
 UP_TO = "head sizes up to 256"
 PAIRS = "values of another size than keys only for head sizes up to 64×512, or of 136–192×104–128"
-LOST = "a window of more than seqlen_k keys to both sides, which FlashAttention-2 drops"
+LOST = "a window of more than seqlen_k keys to both sides, which the library drops"
 EACH = (FA2, FA3, FA4)
 
 
