@@ -735,6 +735,7 @@ def test_flash_attention_4_splits_on_capability_10_and_11_alone(libraries, tried
         (problem(), ["flash3", "flash", "triton_splitk", "cutlass"]),
         (problem(512), ["flash3", "flash", "cutlass"]),
         (problem(causal=True), ["flash3", "flash", "cutlass"]),
+        (problem(1, causal=True), ["flash3", "flash", "triton_splitk", "cutlass"]),
         (problem(window=9), ["flash3", "flash"]),
         (problem(80, 40, causal=True), ["flash3", "flash"]),
         (problem(head_dim_v=64), ["flash3", "cutlass"]),

@@ -20,9 +20,9 @@ from attnbench.backend import Backend
 from attnbench.devices.cuda import CudaDevice
 from attnbench.problem import Dtype
 from attnbench.reference import Reference, make_inputs
-from attnbench_plugins import flex_attention, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
+from attnbench_plugins import cudnn_frontend, flex_attention, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
 from attnbench_plugins.flex_attention import mask_mod
-from attnbench_plugins.masks import visible
+from attnbench_plugins.masks import WHOLE, visible, window_size
 from attnbench_plugins.sdpa import Sdpa
 from attnbench_plugins.sdpa_kernels import SdpaKernel
 
@@ -203,7 +203,7 @@ def test_nothing_is_masked_where_nothing_is_hidden(asked, backend: Backend, case
     backend.prepare(case, inputs.q, inputs.k, inputs.v)()
     assert (asked[0]["attn_mask"], asked[0]["is_causal"]) == (None, False)
     assert visible(case, inputs.q.device) is None
-    assert mask_mod(case) is None
+    assert (mask_mod(case), window_size(case), cudnn_frontend._mask(case)) == (None, (WHOLE, WHOLE), {})
 
 
 @pytest.mark.parametrize(
