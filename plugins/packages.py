@@ -1,9 +1,12 @@
-"""Whether a peer's library can be used: is it installed, and what GPU is there. Imports none of them."""
+"""Whether a peer's library can be used: is it installed, new enough, and what GPU is there. Imports none of them."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING
+
+from packaging.requirements import Requirement
 
 from attnbench.registry import installed_version
 
@@ -17,8 +20,8 @@ AFTER_HOPPER: GPU = (10, 0)
 
 
 def missing(module: str, extra: str) -> str | None:
-    """That no package `module` is installed, with the extra of attnbench that has it; None where it is."""
-    return None if importlib.util.find_spec(module) is not None else _told(module, extra)
+    """That no package `module` is installed, or what attnbench's extra for it wants is too old; None otherwise."""
+    return _too_old(extra) if importlib.util.find_spec(module) is not None else _told(module, extra)
 
 
 def not_installed(distribution: str, extra: str | None = None) -> str | None:
@@ -26,7 +29,8 @@ def not_installed(distribution: str, extra: str | None = None) -> str | None:
 
     flash-attn and flash-attn-4 both have a folder flash_attn, and flash_attn.cute in it; kernels may be any folder.
     """
-    return None if installed_version(distribution) else _told(distribution, extra or distribution)
+    extra = extra or distribution
+    return _too_old(extra) if installed_version(distribution) else _told(distribution, extra)
 
 
 def no_gpu(least: GPU = (0, 0), below: GPU | None = None) -> str | None:
@@ -56,6 +60,19 @@ def cores(tensor: Tensor) -> int:
     from attnbench.devices import device
 
     return device("cuda" if tensor.is_cuda else "cpu").info().cores or 1
+
+
+def _too_old(extra: str) -> str | None:
+    """That what is installed of an extra is not what attnbench's own metadata ask for."""
+    try:
+        needs = importlib.metadata.requires("attnbench") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its folder
+        return None
+    for need in map(Requirement, needs):
+        has = installed_version(need.name)
+        if has and need.marker and need.marker.evaluate({"extra": extra}) and not need.specifier.contains(has, True):
+            return f"{need.name} {has} is installed, and it takes {need.specifier}: pip install 'attnbench[{extra}]'"
+    return None
 
 
 def _told(name: str, extra: str) -> str:

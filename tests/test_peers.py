@@ -16,7 +16,7 @@ from attnbench import Problem
 from attnbench.backend import Backend
 from attnbench.problem import Dtype
 from attnbench.reference import Reference, make_inputs, torch_dtype
-from attnbench_plugins import onnxruntime, openvino
+from attnbench_plugins import onnxruntime, openvino, packages
 from attnbench_plugins.folding import fold, folded_visible
 from attnbench_plugins.onnxruntime import OnnxRuntime
 from attnbench_plugins.openvino import OpenVino
@@ -45,6 +45,16 @@ def tensors(case: Problem, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # --- what is there, and what is refused -------------------------------------------------------------------------------
+
+
+def test_a_library_older_than_the_extra_asks_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    has = {"openvino": "2025.4.1", "onnx": "1.17.0", "onnxruntime": "1.24.0.dev1"}
+    monkeypatch.setattr(packages, "installed_version", has.get)
+    hint = "is installed, and it takes"
+    assert OpenVino().unavailable() == f"openvino 2025.4.1 {hint} >=2026.2: pip install 'attnbench[openvino]'"
+    assert OnnxRuntime().unavailable() == f"onnx 1.17.0 {hint} >=1.18: pip install 'attnbench[onnxruntime]'"
+    monkeypatch.setitem(has, "onnx", "1.18.0")
+    assert OnnxRuntime().unavailable() is None, "a later version before its release is later"
 
 
 @pytest.mark.parametrize(
