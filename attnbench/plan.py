@@ -101,7 +101,7 @@ def make(selection: Selection, catalogue: Catalogue, suite: Suite | None = None)
     entries = _entries(selection, catalogue, device.kind, reason)
     baseline = selection.baseline
     if baseline not in (None, BEST):
-        baseline, *more = resolve_backends(baseline, catalogue, "--baseline")
+        baseline, *more = resolve_backends(baseline, catalogue, "--baseline", also=(BEST,))
         if more:
             raise AttnbenchError(f"--baseline takes one name, not {selection.baseline!r}")
         if all(entry.name != baseline for entry in entries):
@@ -140,10 +140,13 @@ def _entry(name: str, catalogue: Catalogue, kind: DeviceKind, device_reason: str
     return Entry(name, None, Status.UNAVAILABLE, reason)
 
 
-def resolve_backends(text: str, catalogue: Catalogue, option: str = "--backends") -> list[str]:
+def resolve_backends(
+    text: str, catalogue: Catalogue, option: str = "--backends", also: Sequence[str] = ()
+) -> list[str]:
     """Backend names from a comma list of exact names, unique prefixes or `file.py:name`, each once, in the order given.
 
-    Raises AttnbenchError: for a plugin that failed to load with exit code 4, for a miss with the closest name.
+    `also` is what else the option takes, for hints. Raises AttnbenchError: for a plugin that failed to load with exit
+    code 4, for a miss with the closest name.
     """
     known = list(dict.fromkeys(b.name for b in catalogue.backends))
     failed = {p.source.name: p for p in catalogue.failures if p.source.name not in known}
@@ -154,7 +157,7 @@ def resolve_backends(text: str, catalogue: Catalogue, option: str = "--backends"
             _require_loaded(plugin, None)
             names += plugin.backends
             continue
-        name = _match(word, [*known, *failed], "backend")
+        name = _match(word, [*known, *failed], "backend", also)
         if name in failed:
             _require_loaded(failed[name], "attnbench plugins shows its traceback")
         names.append(name)
@@ -174,7 +177,7 @@ def _require_loaded(plugin: PluginInfo, hint: str | None) -> None:
         raise AttnbenchError(what, hint, ExitCode.PLUGIN_FAILED)
 
 
-def _match(word: str, known: Sequence[str], what: str) -> str:
+def _match(word: str, known: Sequence[str], what: str, also: Sequence[str] = ()) -> str:
     if word in known:
         return word
     starts = sorted(name for name in known if name.startswith(word))
@@ -182,7 +185,7 @@ def _match(word: str, known: Sequence[str], what: str) -> str:
         return starts[0]
     if starts:
         raise AttnbenchError(f"{what} {word!r} could be {', '.join(starts)}", "write more of its name")
-    hint = f"a backend in a file is {word}:NAME" if word.endswith(".py") else closest(word, known)
+    hint = f"a backend in a file is {word}:NAME" if word.endswith(".py") else closest(word, [*known, *also])
     raise AttnbenchError(f"no {what} is called {word!r}", hint)
 
 

@@ -200,6 +200,11 @@ def test_a_baseline_that_is_none_is_told(baseline, code, words):
     assert error.exit_code == code
 
 
+def test_a_misspelt_best_is_found():
+    error = error_of(lambda: made(baseline="bset"))
+    assert (error.message, error.hint) == ("no backend is called 'bset'", "did you mean best?")
+
+
 # Devices
 
 
