@@ -49,7 +49,8 @@ class FlashAttn3(Backend):
 
     def unsupported(self, problem: Problem) -> str | None:
         refused: str | None = no_flash_attn_3(problem)
-        return refused or next(filter(None, (left_out(module, problem) for module in installed()[:1])), None)
+        here = installed()
+        return refused or (left_out(here[0], problem) if here else None)
 
     def prepare(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         attend = importlib.import_module(installed()[0]).flash_attn_with_kvcache

@@ -115,9 +115,9 @@ def test_flash_attention_4s_kernels_for_ampere_are_not_asked_for(gpu) -> None:
 def installed(folder: Path, distribution: str, **files: str) -> None:
     """A distribution in that folder, with its RECORD."""
     name = distribution.replace("-", "_")
-    info = folder / f"{name}-1.0.dist-info"
+    info = folder / f"{name}-9.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 9.0\n")
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
