@@ -207,13 +207,14 @@ def bits():
     found = []
     of_any_strides = [cuda_sm80.Config(128, 64, 4), cuda_sm80.Config(16, 64, 1, 4, 2)]
     of_tma = [
-        *(Config(64, 64, 4, 16, 2), Config(128, 128, 2, 7), Config(128, 128, 2), Config(128, 176, 2, persistent=True)),
+        *(Config(64, 64, 4, 16, 2), Config(128, 128, 2, 7), Config(128, 128, 2), Config(128, 160, 2, persistent=True)),
         *(Config(128, 128, 2, 32, clustered=False), Config(64, 64, 4, 8, 2, 2, clustered=False)),
-        Config(64, 64, 4, 3, 1, 2),
+        *(Config(64, 64, 4, 3, 1, 2), Config(128, 128, 2, persistent=True)),
     ]
     for config in of_any_strides if STRIDED else of_tma:
         persistent = isinstance(config, Config) and config.persistent
-        case = problem(512, 1000, heads_q=50) if persistent else problem(512, 4096)
+        fields = {"heads_q": 50, "causal": config.keys == 128} if persistent else {}
+        case = problem(512, 1000 if persistent else 4096, **fields)
         call = JitFlashCuda().prepare(case, *inputs(case), config=config)
         first = call().clone()
         found += [f"{config} differs" for _ in range(10) if not torch.equal(call(), first)]
@@ -247,7 +248,7 @@ def in_flight():
     found = []
     one_head, heads = problem(512, 4096), problem(512, 1024, heads_q=50)
     memory = Config(64, 64, 4, 16, clustered=False)  # of which two do not fit at once
-    for case, config in ((one_head, memory), (heads, Config(128, 176, 2, persistent=True))):
+    for case, config in ((one_head, memory), (heads, Config(128, 160, 2, persistent=True))):
         call = prepared(case, *inputs(case), config=None if STRIDED else config)
         right = call().clone()
         made = [torch.cuda.Stream() for _ in range(2)]
@@ -305,7 +306,7 @@ def graphs():
     expected = prepared(case, *others)()
     found = [] if torch.equal(out, expected) else ["a replay does not read the inputs"]
     # The graph and the output are kept, and the call is not: what blocks meet in must not be given away.
-    for config in (Config(64, 64, 4, 8, clustered=False), Config(128, 176, 2, persistent=True)):
+    for config in (Config(64, 64, 4, 8, clustered=False), Config(128, 160, 2, persistent=True)):
         case = problem(512, 2048, heads_q=1 if config.meets_in_memory else 50)
         tensors = inputs(case)
         call = prepared(case, *tensors, config=None if STRIDED else config)

@@ -11,7 +11,8 @@
 // […] are issued together: the tensor cores work on PV of one block and QK of the next while the softmax of the latter
 // waits for its scores alone. Then, where PARTS is 1:
 //
-//     consumers       write their rows from registers; where PERSISTENT, the producer has the next tile under way
+//     consumers       write their rows from registers; where PERSISTENT, that is while the first scores of the next tile are
+//                     computed, […] having QK of the next and PV of this tile at its end
 //
 // and where a tile has several parts:
 //
@@ -29,7 +30,7 @@
 //
 // Shared memory, from a base aligned to 1024 bytes (128-byte swizzle, as TMA writes it and wgmma reads it):
 //
-//     Q        D/64 boxes of ROWS × 128 bytes
+//     Q        D/64 boxes of ROWS × 128 bytes; twice, where PERSISTENT and there are no registers to keep Q in
 //     ring     STAGES × (K: D/64 boxes of KEYS × 128 bytes, V: DV/64 of them)
 //     merged   where SHARED_ROWS is 2, O, m and l of consumer 1, thread by thread
 //     received where CLUSTERED, the block's slice of each other part: chunks, then m and l of their rows. Where there is no
@@ -37,7 +38,7 @@
 //              cluster before anybody sends
 //     staged   where CLUSTERED, this block's part, slice by slice, over the ring or, where received is not apart,
 //              behind it
-//     barriers q_full, q_empty, all_received, k_full, k_empty, v_full, v_empty [STAGES]; the next tile's number
+//     barriers q_full, q_empty, number of the tile [2 each]; all_received; k_full, k_empty, v_full, v_empty [STAGES]
 //
 // The source compiles for one configuration, given as macros:
 //     D       head size of Q and K, rounded up to 64; TMA fills the rest with zeros
@@ -46,11 +47,11 @@
 //     BF16    0: fp16, 1: bf16
 //     ROWS    64 or 128
 //     SHARED_ROWS  consumers that work on the same rows: 1, or 2 where ROWS is 64
-//     KEYS    keys of a block: 64, 128 or 176
+//     KEYS    keys of a block: 64, 128, 160 or 176
 //     STAGES  of the ring
 //     PARTS   blocks that share the keys of a tile
 //     CLUSTERED  1: they are a cluster, of 16 at most; 0: they meet in global memory
-//     PERSISTENT 1: blocks take tiles until there are no more; PARTS and SHARED_ROWS are 1 then, and MASKED 0
+//     PERSISTENT 1: blocks take tiles until there are no more; PARTS and SHARED_ROWS are 1 then, and no tile is without keys
 //     PACK    query heads of a tile; a divisor of those that share a key head
 //     MASKED  1: causal or window
 //     SHARED_BYTES  of a block, that it is launched with
@@ -71,11 +72,18 @@ constexpr int THREADS = CONSUMER_THREADS + WARPGROUP;
 constexpr int QUERIES = ROWS / PACK;  // of a tile
 constexpr int BOX_COLUMNS = 64;       // of 2 bytes: the 128 bytes of a swizzled row
 constexpr int BOX_ROW_BYTES = 128;
-constexpr u32 Q_BYTES = ROWS * D * 2;
+constexpr int MANY_REGISTERS = KEYS / 2 + KEYS / 4 + DV / 2 + D / 4;  // of scores, weights, output and queries
+constexpr bool Q_IN_REGISTERS = PERSISTENT && MANY_REGISTERS <= 192;
+constexpr int Q_BUFFERS = PERSISTENT && !Q_IN_REGISTERS ? 2 : 1;
+constexpr u32 Q_BUFFER_BYTES = ROWS * D * 2, Q_BYTES = Q_BUFFERS * Q_BUFFER_BYTES;
 constexpr u32 K_BYTES = KEYS * D * 2, V_BYTES = KEYS * DV * 2;
 constexpr u32 RING_BYTES = STAGES * (K_BYTES + V_BYTES);
 constexpr u32 MERGED_BYTES = SHARED_ROWS > 1 ? (DV / 2 + 4) * WARPGROUP * 4 : 0;
-constexpr u32 BARRIER_BYTES = 8 * (4 + 4 * STAGES);
+constexpr u32 BARRIER_BYTES = 8 * (6 + 4 * STAGES);
+
+// Columns of 8 keys whose weights are computed before the last products are waited for: with 2, 6 and 8 eighths of them
+// many heads took up to 1% longer, 2% and 2%.
+constexpr int EARLY = KEYS / 16;
 
 constexpr int CHUNKS = DV / 8;  // of a warp's 16 rows
 constexpr int TILE_CHUNKS = ROWS / 16 * CHUNKS;
@@ -105,7 +113,7 @@ static_assert(Q_BYTES + RING_BYTES + MERGED_BYTES + (APART ? SLICES_BYTES : 0) +
 constexpr int MAX_PARTS = 32;  // that meet in memory: a warp asks for them at once
 static_assert(CLUSTERED ? PARTS <= 16 : PARTS <= MAX_PARTS, "parts of a tile");
 static_assert(SHARED_ROWS == 1 || (ROWS == 64 && STAGES % 2 == 0), "a stage belongs to one of two consumers");
-static_assert(!PERSISTENT || (PARTS == 1 && SHARED_ROWS == 1 && !MASKED), "the ring goes on from tile to tile");
+static_assert(!PERSISTENT || (PARTS == 1 && SHARED_ROWS == 1), "the ring goes on from tile to tile");
 static_assert(SLICES_BYTES + (APART ? 0 : SLICES_BYTES) <= RING_BYTES + (APART ? 0 : Q_BYTES), "no room for the parts");
 
 extern "C" {
@@ -246,6 +254,14 @@ __device__ __forceinline__ float2 load_shared_pair(u32 address) {
     return pair;
 }
 
+// Four matrices of 8 × 8 values: lanes 8i to 8i + 7 know the rows of the i-th, 16 bytes each.
+__device__ __forceinline__ void load_matrices(u32* words, u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 __device__ __forceinline__ float2 load_relaxed_pair(const void* address) {
     float2 pair;
     asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "l"(address) : "memory");
@@ -323,6 +339,15 @@ __device__ __forceinline__ void settle(float (&d)[N]) {
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// What comes next is not moved before what a sum of weights takes: ptxas waits for products as early as it can, with the
+// weights that they should overlap still to come, but does not go past a branch. No addition gives a signalling NaN.
+__device__ __forceinline__ void stay_behind(float sum) {
+    asm volatile(
+        "{\n.reg .pred never;\nagain:\nsetp.eq.u32 never, %0, 0x7F800001;\nvote.sync.any.pred never, never, 0xFFFFFFFF;\n"
+        "@never bra again;\n}\n" ::"r"(__float_as_uint(sum))
+        : "memory");
+}
+
 // A matrix descriptor with 128-byte swizzle. `leading` is the distance of 64-column boxes where columns are contiguous
 // (V), `stride` that of eight rows; both in bytes. (PTX ISA, asynchronous warpgroup level matrix operand.)
 __device__ __forceinline__ u64 descriptor(u32 address, u32 leading, u32 stride) {
@@ -345,6 +370,9 @@ __device__ __forceinline__ u64 descriptor(u32 address, u32 leading, u32 stride) 
     D32                                                                                                               \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "          \
     "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define D80                                                                                                           \
+    D64                                                                                                               \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define D88                                                                                                           \
     D64                                                                                                               \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "          \
@@ -365,6 +393,12 @@ __device__ __forceinline__ void scores_step(float* d, u64 a, u64 b, int add) {
             "wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" D64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"
             : ROW32(d, 0), ROW32(d, 32)
             : "l"(a), "l"(b), "r"(add));
+    } else if constexpr (N == 160) {
+        asm volatile(
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %82, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n160k16." TYPES " {" D80 "}, %80, %81, add, 1, 1, 0, 0;\n}\n"
+            : ROW32(d, 0), ROW32(d, 32), ROW8(d, 64), ROW8(d, 72)
+            : "l"(a), "l"(b), "r"(add));
     } else {
         static_assert(N == 176, "keys of a block");
         asm volatile(
@@ -372,6 +406,31 @@ __device__ __forceinline__ void scores_step(float* d, u64 a, u64 b, int add) {
             "wgmma.mma_async.sync.aligned.m64n176k16." TYPES " {" D88 "}, %88, %89, add, 1, 1, 0, 0;\n}\n"
             : ROW32(d, 0), ROW32(d, 32), ROW8(d, 64), ROW8(d, 72), ROW8(d, 80)
             : "l"(a), "l"(b), "r"(add));
+    }
+}
+
+// The same with a in registers.
+template <int N>
+__device__ __forceinline__ void scores_step(float* d, const u32* a, u64 b, int add) {
+    if constexpr (N == 64) {
+        asm volatile(
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16." TYPES " {" D32 "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}\n"
+            : ROW32(d, 0)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+    } else if constexpr (N == 128) {
+        asm volatile(
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" D64 "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}\n"
+            : ROW32(d, 0), ROW32(d, 32)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+    } else {
+        static_assert(N == 176, "keys of a block");
+        asm volatile(
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %93, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n176k16." TYPES " {" D88 "}, {%88, %89, %90, %91}, %92, add, 1, 1, 0;\n}\n"
+            : ROW32(d, 0), ROW32(d, 32), ROW8(d, 64), ROW8(d, 72), ROW8(d, 80)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
     }
 }
 
@@ -437,22 +496,26 @@ __device__ __forceinline__ Tile tile_of(const Params& p, u32 number, u32 rank) {
 }
 
 struct Shared {
-    u32 q, ring, merged, received, staged, q_full, q_empty, all_received, k_full, k_empty, v_full, v_empty, number;
+    u32 queries, ring, merged, received, staged, barriers, all_received, k_full, k_empty, v_full, v_empty;
 
     __device__ __forceinline__ explicit Shared(u32 base)
-        : q(base),
-          ring(q + Q_BYTES),
+        : queries(base),
+          ring(base + Q_BYTES),
           merged(ring + RING_BYTES),
           received(APART ? merged + MERGED_BYTES : base),
           staged(APART ? ring : base + SLICES_BYTES),
-          q_full(merged + MERGED_BYTES + (APART ? SLICES_BYTES : 0)),
-          q_empty(q_full + 8),
-          all_received(q_empty + 8),
+          barriers(merged + MERGED_BYTES + (APART ? SLICES_BYTES : 0)),
+          all_received(barriers + 40),
           k_full(all_received + 8),
           k_empty(k_full + 8 * STAGES),
           v_full(k_empty + 8 * STAGES),
-          v_empty(v_full + 8 * STAGES),
-          number(v_empty + 8 * STAGES) {}
+          v_empty(v_full + 8 * STAGES) {}
+
+    // Of a tile's turn among those of its block: the queries, their barriers and the tile's number.
+    __device__ __forceinline__ u32 q(int turn) const { return queries + turn % Q_BUFFERS * Q_BUFFER_BYTES; }
+    __device__ __forceinline__ u32 q_full(int turn) const { return barriers + turn % Q_BUFFERS * 8; }
+    __device__ __forceinline__ u32 q_empty(int turn) const { return barriers + 16 + turn % Q_BUFFERS * 8; }
+    __device__ __forceinline__ u32 number(int turn) const { return barriers + 32 + turn % Q_BUFFERS * 4; }
 
     __device__ __forceinline__ u32 k(int stage) const { return ring + stage * (K_BYTES + V_BYTES); }
     __device__ __forceinline__ u32 v(int stage) const { return k(stage) + K_BYTES; }
@@ -466,12 +529,12 @@ struct Slot {
     __device__ __forceinline__ explicit Slot(int index) : stage(index % STAGES), parity(index / STAGES & 1) {}
 };
 
-__device__ __forceinline__ void load_queries(const Tile& tile, const Shared& shared, const TensorMap& map) {
-    barrier_expect(shared.q_full, QUERIES * PACK * D * 2);
+__device__ __forceinline__ void load_queries(const Tile& tile, const Shared& shared, const TensorMap& map, int turn) {
+    barrier_expect(shared.q_full(turn), QUERIES * PACK * D * 2);
 #pragma unroll
     for (int box = 0; box < D / BOX_COLUMNS; ++box) {
-        load_box(shared.q + box * ROWS * BOX_ROW_BYTES, map, shared.q_full, box * BOX_COLUMNS, tile.query, tile.group,
-                 tile.batch, 0);
+        load_box(shared.q(turn) + box * ROWS * BOX_ROW_BYTES, map, shared.q_full(turn), box * BOX_COLUMNS, tile.query,
+                 tile.group, tile.batch, 0);
     }
 }
 
@@ -490,56 +553,75 @@ struct Producer {
     const Params& p;
     const Shared& shared;
     const TensorMap &q_map, &k_map, &v_map;
-    int before = 0;  // key blocks of earlier tiles
 
-    __device__ __forceinline__ void ask_keys(const Tile& tile, int index) const {
-        const Slot slot(before + index);
-        if (before + index >= STAGES) barrier_wait(shared.k_empty + 8 * slot.stage, slot.parity ^ 1);
+    // `at` is a key block's number among all that this block of threads loads.
+    __device__ __forceinline__ void ask_keys(const Tile& tile, int index, int at) const {
+        const Slot slot(at);
+        if (at >= STAGES) barrier_wait(shared.k_empty + 8 * slot.stage, slot.parity ^ 1);
         load_keys<D>(shared.k(slot.stage), k_map, shared.k_full + 8 * slot.stage, 0, (tile.block + index) * KEYS,
                      u32(tile.group) / p.key_groups, tile.batch);
     }
 
-    __device__ __forceinline__ void ask_values(const Tile& tile, int index) const {
-        const Slot slot(before + index);
-        if (before + index >= STAGES) barrier_wait(shared.v_empty + 8 * slot.stage, slot.parity ^ 1);
+    __device__ __forceinline__ void ask_values(const Tile& tile, int index, int at) const {
+        const Slot slot(at);
+        if (at >= STAGES) barrier_wait(shared.v_empty + 8 * slot.stage, slot.parity ^ 1);
         load_keys<DV>(shared.v(slot.stage), v_map, shared.v_full + 8 * slot.stage, tile.column,
                       (tile.block + index) * KEYS, u32(tile.group) / p.key_groups, tile.batch);
     }
 
     // What a tile needs before its first product.
-    __device__ __forceinline__ void begin(const Tile& tile) const {
+    __device__ __forceinline__ void begin(const Tile& tile, int turn, int at) const {
         if (!tile.blocks) return;
-        load_queries(tile, shared, q_map);
-        ask_keys(tile, 0);
+        load_queries(tile, shared, q_map, turn);
+        ask_keys(tile, 0, at);
     }
 
+    // Tells the consumers, and asks for what the tile needs first. Whether there is one.
+    __device__ __forceinline__ bool go_on(Tile& tile, u32 number, int turn, int at) const {
+        if (turn >= Q_BUFFERS) barrier_wait(shared.q_empty(turn), ~(turn / Q_BUFFERS) & 1);
+        store_shared(shared.number(turn), number);
+        if (number >= p.tiles_in_all) {
+            barrier_arrive(shared.q_full(turn));
+            return false;
+        }
+        tile = tile_of(p, number, 0);
+        begin(tile, turn, at);
+        return true;
+    }
+
+    // All but what `begin` asked for of the first tile, and where PERSISTENT of those after it: whoever is free takes the
+    // next. The next keys are asked for before a block's values, as their place in the ring is free earlier; only where
+    // nothing runs yet, values come first.
+    //
     // Of large key blocks not all that the ring holds is asked for at once: what is in flight shares the bandwidth, and
     // comes as late as the last of it. A block's V and the next one's K are asked for when its own K is there. Of small
     // ones that would be too little to hide the latency.
-    __device__ __forceinline__ void go_on(const Tile& tile) {
-        for (int index = 0; index < tile.blocks; ++index) {
-            const Slot slot(before + index);
-            if (KEYS > 64) barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
-            ask_values(tile, index);
-            if (index + 1 < tile.blocks) ask_keys(tile, index + 1);
-        }
-        before += tile.blocks;
-    }
-
-    // The tiles after the first: whoever is free takes the next.
-    __device__ __forceinline__ void take_more() {
-        for (u32 turn = 0;; ++turn) {
-            // Every launch adds tiles_in_all: one for each tile that was taken and one for each block that found none.
-            const u32 number = gridDim.x + u32(add_relaxed(p.taken) % p.tiles_in_all);
-            barrier_wait(shared.q_empty, turn & 1);
-            store_shared(shared.number, number);
-            if (number >= p.tiles_in_all) {
-                barrier_arrive(shared.q_full);
-                return;
+    __device__ __forceinline__ void run(const Tile& first) const {
+        Tile tile = first;
+        u32 number = 0;
+        for (int turn = 0, before = 0;; ++turn) {
+            Tile following = tile;
+            bool more = false;
+            for (int index = 0; index < tile.blocks; ++index) {
+                const int at = before + index;
+                const Slot slot(at);
+                if (KEYS > 64) barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
+                // Early enough to be there, and late enough that blocks end together. Every launch adds tiles_in_all: one
+                // for each tile that was taken and one for each block of threads that found none.
+                if (PERSISTENT && index == max(0, tile.blocks - 2)) {
+                    number = gridDim.x + u32(add_relaxed(p.taken) % p.tiles_in_all);
+                }
+                if (at == 0) ask_values(tile, index, at);
+                if (index + 1 < tile.blocks) {
+                    ask_keys(tile, index + 1, at + 1);
+                } else if (PERSISTENT) {
+                    more = go_on(following, number, turn + 1, at + 1);
+                }
+                if (at > 0) ask_values(tile, index, at);
             }
-            const Tile tile = tile_of(p, number, 0);
-            begin(tile);
-            go_on(tile);
+            if (!more) return;
+            before += tile.blocks;
+            tile = following;
         }
     }
 };
@@ -553,30 +635,44 @@ struct Softmax {
     float shift[2] = {MINUS_INFINITY, MINUS_INFINITY};
     float sum[2] = {0, 0};  // of this thread's columns
 
-    // Turns scores into exp2(scale · score - shift), and gives the factors for what was summed up before.
-    __device__ __forceinline__ void update(float (&s)[KEYS / 2], float scale, float (&factor)[2]) {
+    // What becomes of a key block's scores: the factors of what was summed up before, what is subtracted now, and what
+    // this thread's weights add up to.
+    struct Step {
+        float factor[2], finite[2], added[2] = {0, 0};
+    };
+
+    __device__ __forceinline__ Step raise(const float (&s)[KEYS / 2], float scale) {
+        Step step;
+        float tops[4] = {s[0], s[1], s[2], s[3]};  // of one chain alone, each maximum would wait for the last
+#pragma unroll
+        for (int i = 4; i < KEYS / 2; ++i) tops[i % 4] = fmaxf(tops[i % 4], s[i]);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float top = MINUS_INFINITY;
-#pragma unroll
-            for (int c = 0; c < KEYS / 8; ++c) top = fmaxf(top, fmaxf(s[4 * c + 2 * h], s[4 * c + 2 * h + 1]));
+            float top = fmaxf(tops[2 * h], tops[2 * h + 1]);
             top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
-            const float after = fmaxf(shift[h], top * scale), finite = finite_shift(after);
-            factor[h] = exp2_approx(shift[h] - finite);
+            const float after = fmaxf(shift[h], top * scale);
+            step.finite[h] = finite_shift(after);
+            step.factor[h] = exp2_approx(shift[h] - step.finite[h]);
             shift[h] = after;
-            float added = 0;
-#pragma unroll
-            for (int c = 0; c < KEYS / 8; ++c) {
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    float& x = s[4 * c + 2 * h + e];
-                    x = exp2_approx(x * scale - finite);
-                    added += x;
-                }
-            }
-            sum[h] = sum[h] * factor[h] + added;
         }
+        return step;
+    }
+
+    // Turns scores of columns 8·FIRST to below 8·END into weights exp2(scale · score - shift).
+    template <int FIRST, int END>
+    __device__ __forceinline__ void weigh(float (&s)[KEYS / 2], float scale, Step& step) const {
+#pragma unroll
+        for (int i = 4 * FIRST; i < 4 * END; ++i) {
+            const int h = i / 2 % 2;
+            s[i] = exp2_approx(s[i] * scale - step.finite[h]);
+            step.added[h] += s[i];
+        }
+    }
+
+    __device__ __forceinline__ void add(const Step& step) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) sum[h] = sum[h] * step.factor[h] + step.added[h];
     }
 
     __device__ __forceinline__ void finish() {
@@ -605,27 +701,52 @@ __device__ __forceinline__ void mask(const Params& p, const int (&position)[2], 
                                      float (&s)[KEYS / 2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const int lo = MASKED ? low_key(p, position[h]) : 0, hi = MASKED ? high_key(p, position[h]) : p.seqlen_k;
+        // From the thread's first column on, so that each comparison is with a constant.
+        const int first = key + 2 * (lane % 4);
+        const int lo = MASKED ? low_key(p, position[h]) - first : 0;
+        const int hi = (MASKED ? high_key(p, position[h]) : p.seqlen_k) - first;
 #pragma unroll
         for (int c = 0; c < KEYS / 8; ++c) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int at = key + 8 * c + 2 * (lane % 4) + e;
-                if (at < lo || at >= hi) s[4 * c + 2 * h + e] = MINUS_INFINITY;
+                if ((MASKED && 8 * c + e < lo) || 8 * c + e >= hi) s[4 * c + 2 * h + e] = MINUS_INFINITY;
             }
         }
     }
 }
 
-__device__ __forceinline__ void multiply_scores(u32 q, u32 k, float (&s)[KEYS / 2]) {
-    const u64 a = descriptor(q, 16, 1024), b = descriptor(k, 16, 1024);
+// A consumer's queries: in shared memory, where every product reads them again, or in registers, where there are enough.
+struct Queries {
+    u32 address;
+    u32 words[Q_IN_REGISTERS ? D / 4 : 1];
+
+    // `first` is where the consumer's rows begin. Each word of a lane is of one row, two columns (the layout of wgmma's a).
+    __device__ __forceinline__ void load(u32 first, int thread) {
+        address = first;
+        if (!Q_IN_REGISTERS) return;
+        const int row = thread / 32 * 16 + thread % 16, half = thread % 32 / 16;
+#pragma unroll
+        for (int step = 0; step < D / 16; ++step) {
+            const u32 at = first + step / 4 * ROWS * BOX_ROW_BYTES + row * BOX_ROW_BYTES;
+            const u32 chunk = u32(step % 4 * 2 + half) ^ u32(row % 8);  // of 16 bytes, as the 128-byte swizzle has them
+            load_matrices(words + 4 * step, at + chunk * 16);
+        }
+    }
+};
+
+__device__ __forceinline__ void multiply_scores(const Queries& q, u32 k, float (&s)[KEYS / 2]) {
+    const u64 a = descriptor(q.address, 16, 1024), b = descriptor(k, 16, 1024);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
         // Four steps of 32 bytes in each row of a box.
         const u32 box = step / 4, inside = step % 4 * 32;
-        scores_step<KEYS>(s, a + ((box * ROWS * BOX_ROW_BYTES + inside) >> 4),
-                          b + ((box * KEYS * BOX_ROW_BYTES + inside) >> 4), step > 0);
+        const u64 keys = b + ((box * KEYS * BOX_ROW_BYTES + inside) >> 4);
+        if constexpr (Q_IN_REGISTERS) {
+            scores_step<KEYS>(s, q.words + 4 * step, keys, step > 0);
+        } else {
+            scores_step<KEYS>(s, a + ((box * ROWS * BOX_ROW_BYTES + inside) >> 4), keys, step > 0);
+        }
     }
     wgmma_commit();
 }
@@ -652,69 +773,6 @@ __device__ __forceinline__ void multiply_values(const u32 (&weights)[KEYS / 4], 
 __device__ __forceinline__ void pack_all(const float (&s)[KEYS / 2], u32 (&weights)[KEYS / 4]) {
 #pragma unroll
     for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1]);
-}
-
-// The consumer's rows on the block's key blocks, or on every other one. `turn` is the tile's number among those that
-// the block works on, `before` the key blocks of the earlier ones.
-__device__ __forceinline__ void attend(const Params& p, const Tile& tile, const Shared& shared, int consumer,
-                                       int thread, int turn, int before, float (&o)[DV / 2], Softmax& softmax) {
-    const int first_row = 64 * (consumer / SHARED_ROWS), lane = thread % 32;
-    int index = consumer % SHARED_ROWS;
-    const u32 q = shared.q + first_row * BOX_ROW_BYTES;
-    int position[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const u32 row = first_row + thread / 32 * 16 + lane / 4 + 8 * h;
-        position[h] = tile.query + int(row / PACK) + p.seqlen_k - p.seqlen_q;
-    }
-    float s[KEYS / 2], factor[2];
-    u32 weights[KEYS / 4];
-    const auto read_queries = [&] {
-        if (PERSISTENT && lane == 0) barrier_arrive(shared.q_empty);  // each warp has read the number
-    };
-    if (index >= tile.blocks) return;
-
-    const auto masked = [&](int index) {
-        const int key = (tile.block + index) * KEYS;
-        if (key < tile.whole_lo || key + KEYS > tile.whole_hi) mask(p, position, key, lane, s);
-    };
-    const auto free_slot = [&](u32 barrier) {
-        if (thread == 0) barrier_arrive(barrier);
-    };
-    if (turn == 0) barrier_wait(shared.q_full, 0);
-    {
-        const Slot slot(before + index);
-        barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
-        multiply_scores(q, shared.k(slot.stage), s);
-        wgmma_wait<0>();
-        free_slot(shared.k_empty + 8 * slot.stage);
-        masked(index);
-        softmax.update(s, p.scale_log2, factor);
-        pack_all(s, weights);
-    }
-    for (; index + SHARED_ROWS < tile.blocks; index += SHARED_ROWS) {
-        const Slot slot(before + index), next(before + index + SHARED_ROWS);
-        barrier_wait(shared.k_full + 8 * next.stage, next.parity);
-        multiply_scores(q, shared.k(next.stage), s);
-        barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
-        multiply_values(weights, shared.v(slot.stage), o);
-        wgmma_wait<1>();
-        free_slot(shared.k_empty + 8 * next.stage);
-        masked(index + SHARED_ROWS);
-        softmax.update(s, p.scale_log2, factor);
-        wgmma_wait<0>();
-        free_slot(shared.v_empty + 8 * slot.stage);
-#pragma unroll
-        for (int i = 0; i < DV / 2; ++i) o[i] *= factor[i / 2 % 2];
-        pack_all(s, weights);
-    }
-    read_queries();
-    const Slot slot(before + index);
-    barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
-    multiply_values(weights, shared.v(slot.stage), o);
-    wgmma_wait<0>();
-    settle(o);
-    if (PERSISTENT) free_slot(shared.v_empty + 8 * slot.stage);
 }
 
 // Consumer 1 hands what it has over to consumer 0, whose threads have the same rows and columns.
@@ -781,22 +839,39 @@ __device__ __forceinline__ void transpose(u32 (&w)[4], int lane) {
     }
 }
 
+// Row `h` of the two that a thread holds.
+__device__ __forceinline__ Row own_row(const Params& p, const Tile& tile, int consumer, int thread, int h) {
+    return out_row(p, tile, 64 * consumer + thread / 32 * 16 + thread % 32 / 4 + 8 * h);
+}
+
+// Of a tile of one part: writes the log-sum-exp, and gives what the output is multiplied by.
+__device__ __forceinline__ void write_sums(const Params& p, const Tile& tile, int consumer, int thread,
+                                           const Softmax& softmax, float (&inverse)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const Row place = own_row(p, tile, consumer, thread, h);
+        inverse[h] = Softmax::inverse(softmax.sum[h], place.blind);
+        if (p.lse && thread % 4 == 0 && tile.column == 0 && place.valid) {
+            p.lse[place.index] = Softmax::log_sum(softmax.shift[h], softmax.sum[h]);
+        }
+    }
+}
+
 // A tile of one part, from registers: each lane has 16 bytes of a row after its four have exchanged theirs.
 __device__ __forceinline__ void write_rows(const Params& p, const Tile& tile, int consumer, int thread,
-                                           const float (&o)[DV / 2], const Softmax& softmax) {
+                                           const float (&o)[DV / 2], const float (&inverse)[2]) {
     const int lane = thread % 32;
     uint4* const out = static_cast<uint4*>(p.out);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const Row place = out_row(p, tile, 64 * consumer + thread / 32 * 16 + lane / 4 + 8 * h);
-        const float inverse = Softmax::inverse(softmax.sum[h], place.blind);
+        const Row place = own_row(p, tile, consumer, thread, h);
 #pragma unroll
         for (int c = 0; c < CHUNKS; c += 4) {
             u32 w[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int at = 4 * (c + i) + 2 * h;
-                w[i] = pack(o[at] * inverse, o[at + 1] * inverse);
+                w[i] = pack(o[at] * inverse[h], o[at + 1] * inverse[h]);
             }
             transpose(w, lane);
             const int column = tile.column + 8 * (c + lane % 4);
@@ -804,10 +879,120 @@ __device__ __forceinline__ void write_rows(const Params& p, const Tile& tile, in
                 out[(place.index * p.head_dim_v + column) / 8] = make_uint4(w[0], w[1], w[2], w[3]);
             }
         }
-        if (p.lse && lane % 4 == 0 && tile.column == 0 && place.valid) {
-            p.lse[place.index] = Softmax::log_sum(softmax.shift[h], softmax.sum[h]);
-        }
     }
+}
+
+// ---- attention of a tile ------------------------------------------------------------------------------------------
+
+// The consumer's rows on the block's key blocks, or on every other one. Where PERSISTENT, it goes on to the tiles that the
+// producer takes, and writes all but the last.
+__device__ __forceinline__ void attend(const Params& p, Tile& tile, const Shared& shared, int consumer, int thread,
+                                       float (&o)[DV / 2], Softmax& softmax) {
+    const int first_row = 64 * (consumer / SHARED_ROWS), lane = thread % 32;
+    int index = consumer % SHARED_ROWS;
+    if (index >= tile.blocks) return;
+
+    float s[KEYS / 2];
+    u32 weights[KEYS / 4];
+    Queries queries;
+    const auto masked = [&](const Tile& tile, int index) {
+        const int key = (tile.block + index) * KEYS;
+        if (key >= tile.whole_lo && key + KEYS <= tile.whole_hi) return;
+        int position[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const u32 row = first_row + thread / 32 * 16 + lane / 4 + 8 * h;
+            position[h] = tile.query + int(row / PACK) + p.seqlen_k - p.seqlen_q;
+        }
+        mask(p, position, key, lane, s);
+    };
+    const auto free_slot = [&](u32 barrier) {
+        if (thread == 0) barrier_arrive(barrier);
+    };
+    barrier_wait(shared.q_full(0), 0);
+    queries.load(shared.q(0) + first_row * BOX_ROW_BYTES, thread);
+    {
+        const Slot slot(index);
+        barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
+        multiply_scores(queries, shared.k(slot.stage), s);
+        wgmma_wait<0>();
+        if (Q_IN_REGISTERS && lane == 0) barrier_arrive(shared.q_empty(0));
+        free_slot(shared.k_empty + 8 * slot.stage);
+        masked(tile, index);
+        Softmax::Step step = softmax.raise(s, p.scale_log2);
+        softmax.weigh<0, KEYS / 8>(s, p.scale_log2, step);
+        softmax.add(step);
+        pack_all(s, weights);
+    }
+    int before = 0;  // key blocks of earlier tiles
+    for (int turn = 0;; ++turn) {
+        for (; index + SHARED_ROWS < tile.blocks; index += SHARED_ROWS) {
+            const Slot slot(before + index), next(before + index + SHARED_ROWS);
+            barrier_wait(shared.k_full + 8 * next.stage, next.parity);
+            multiply_scores(queries, shared.k(next.stage), s);
+            barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
+            multiply_values(weights, shared.v(slot.stage), o);
+            wgmma_wait<1>();
+            free_slot(shared.k_empty + 8 * next.stage);
+            masked(tile, index + SHARED_ROWS);
+            Softmax::Step step = softmax.raise(s, p.scale_log2);
+            softmax.weigh<0, EARLY>(s, p.scale_log2, step);
+            stay_behind(step.added[0] + step.added[1]);
+            wgmma_wait<0>();
+            free_slot(shared.v_empty + 8 * slot.stage);
+#pragma unroll
+            for (int i = 0; i < DV / 2; ++i) o[i] *= step.factor[i / 2 % 2];
+            softmax.weigh<EARLY, KEYS / 8>(s, p.scale_log2, step);
+            softmax.add(step);
+            pack_all(s, weights);
+        }
+        if (!PERSISTENT) break;
+        barrier_wait(shared.q_full(turn + 1), (turn + 1) / Q_BUFFERS & 1);
+        // Read by the lane that tells of it, through q_empty, when the next one may be written.
+        const u32 read = lane == 0 ? load_shared(shared.number(turn + 1)) : 0;
+        const u32 number = __shfl_sync(0xFFFFFFFFu, read, 0);
+        if (number >= p.tiles_in_all) break;
+
+        // The first scores of the next tile together with the last values of this one, so that the tensor cores do not
+        // wait for a softmax between tiles either.
+        const Tile following = tile_of(p, number, 0);
+        before += tile.blocks;
+        const Slot slot(before - 1), next(before);
+        barrier_wait(shared.k_full + 8 * next.stage, next.parity);
+        queries.load(shared.q(turn + 1) + first_row * BOX_ROW_BYTES, thread);
+        multiply_scores(queries, shared.k(next.stage), s);
+        barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
+        multiply_values(weights, shared.v(slot.stage), o);
+        if (lane == 0) barrier_arrive(shared.q_empty(turn + Q_IN_REGISTERS));
+        float inverse[2];
+        softmax.finish();
+        write_sums(p, tile, consumer, thread, softmax, inverse);
+        softmax = Softmax();
+        __syncwarp();  // tells the compiler that the warp is whole: it keeps descriptors in uniform registers then
+        wgmma_wait<1>();
+        free_slot(shared.k_empty + 8 * next.stage);
+        masked(following, 0);
+        Softmax::Step step = softmax.raise(s, p.scale_log2);
+        softmax.weigh<0, EARLY>(s, p.scale_log2, step);
+        stay_behind(step.added[0] + step.added[1]);
+        wgmma_wait<0>();
+        free_slot(shared.v_empty + 8 * slot.stage);
+        settle(o);
+        softmax.weigh<EARLY, KEYS / 8>(s, p.scale_log2, step);
+        softmax.add(step);
+        pack_all(s, weights);
+        write_rows(p, tile, consumer, thread, o, inverse);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < DV / 2; ++i) o[i] = 0;
+        tile = following;
+        index = 0;
+    }
+    const Slot slot(before + index);
+    barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
+    multiply_values(weights, shared.v(slot.stage), o);
+    wgmma_wait<0>();
+    settle(o);
 }
 
 // ---- parts --------------------------------------------------------------------------------------------------------
@@ -1054,11 +1239,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     Producer producer{p, shared, q_map, k_map, v_map};
     if (threadIdx.x == 0) {
-        barrier_init(shared.q_full, 1);
+        barrier_init(shared.q_full(0), 1);
         barrier_init(shared.k_full, 1);
         fence_barriers();
-        producer.begin(tile);
-        barrier_init(shared.q_empty, CONSUMER_THREADS / 32);
+        producer.begin(tile, 0, 0);
+#pragma unroll
+        for (int buffer = 0; buffer < Q_BUFFERS; ++buffer) {
+            if (buffer) barrier_init(shared.q_full(buffer), 1);
+            barrier_init(shared.q_empty(buffer), CONSUMER_THREADS / 32);
+        }
         barrier_init(shared.all_received, 1);
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
@@ -1074,10 +1263,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (IN_CLUSTER && APART) cluster_arrive();  // nobody sends before all barriers are there
 
     if (warpgroup == 0) {
-        if (CONSUMERS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+        if (CONSUMERS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (thread == 0) {
-            producer.go_on(tile);
-            if (PERSISTENT) producer.take_more();
+            producer.run(tile);
         }
         __syncwarp();
         if (IN_CLUSTER) {
@@ -1088,63 +1276,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (CONSUMERS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         const int consumer = warpgroup - 1;
         const bool has_rows = SHARED_ROWS == 1 || consumer == 0;
-        for (int turn = 0, before = 0;; ++turn) {
-            float o[DV / 2];
+        float o[DV / 2];
 #pragma unroll
-            for (int i = 0; i < DV / 2; ++i) o[i] = 0;
-            Softmax softmax;
-            attend(p, tile, shared, consumer, thread, turn, before, o, softmax);
-            softmax.finish();
-            if (PARTS == 1) {
-                if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
-                if (has_rows) write_rows(p, tile, consumer, thread, o, softmax);
-            } else if (IN_CLUSTER) {
-                if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
-                if (!APART) cluster_arrive();  // nobody sends before all have read Q and the ring
-                cluster_wait();
-                // Both consumers have read the ring.
-                if (APART && SHARED_ROWS == 1 && CONSUMERS > 1) sync_threads(1, CONSUMER_THREADS);
-                if (has_rows) {
-                    store_part(consumer, thread, o, softmax, StagedPart{shared.staged});
-                    fence_async();
-                }
-                sync_threads(1, CONSUMER_THREADS);
-                send_slices(shared, rank, threadIdx.x - WARPGROUP);
-                barrier_wait(shared.all_received, 0);
-                __syncwarp();
-                cluster_arrive();
-                const ReceivedParts parts{shared.received, shared.staged + rank * SLICE_BYTES, rank, slice_first(rank),
-                                          slice_warp(rank)};
-                add_parts(p, tile, Slice{slice_first(rank), min(slice_first(rank + 1), tile.chunks)},
-                          threadIdx.x - WARPGROUP, parts);
-                __syncwarp();
-                cluster_wait();  // a block's memory outlives what it sends
-            } else {
-                unsigned char* const parts = p.parts + u64(first_number) * PARTS * PART_BYTES;
-                u32* const arrived = p.arrived + u64(first_number) * MAX_PARTS;
-                // Each launch adds as much to each part's. Of this block none but the other consumer can have added yet.
-                const u32 goal = load_acquire(arrived + rank) / (ROWS / 64) * (ROWS / 64) + ROWS / 64;
-                if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
-                if (has_rows) {
-                    if ((4 * consumer + thread / 32) * CHUNKS < tile.chunks) {
-                        store_part(consumer, thread, o, softmax, PartInMemory{parts + rank * PART_BYTES});
-                    }
-                    sync_threads(2 + consumer, WARPGROUP);
-                    if (thread == 0) add_release(arrived + rank);
-                }
-                const Slice slice{tile.chunks * int(rank) / PARTS, tile.chunks * int(rank + 1) / PARTS};
-                const PartsInMemory others{parts, arrived, goal};
-                others.wait(consumer, thread);
-                add_parts(p, tile, slice, threadIdx.x - WARPGROUP, others);
+        for (int i = 0; i < DV / 2; ++i) o[i] = 0;
+        Softmax softmax;
+        attend(p, tile, shared, consumer, thread, o, softmax);
+        softmax.finish();
+        if (PARTS == 1) {
+            if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
+            if (has_rows) {
+                float inverse[2];
+                write_sums(p, tile, consumer, thread, softmax, inverse);
+                write_rows(p, tile, consumer, thread, o, inverse);
             }
-            if (!PERSISTENT) break;
-            before += tile.blocks;
-            barrier_wait(shared.q_full, ~turn & 1);
-            // Read by the lane that tells of it, through q_empty, when the next one may be written.
-            const u32 read = thread % 32 == 0 ? load_shared(shared.number) : 0;
-            const u32 number = __shfl_sync(0xFFFFFFFFu, read, 0);
-            if (number >= p.tiles_in_all) break;
-            tile = tile_of(p, number, 0);
+        } else if (IN_CLUSTER) {
+            if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
+            if (!APART) cluster_arrive();  // nobody sends before all have read Q and the ring
+            cluster_wait();
+            // Both consumers have read the ring.
+            if (APART && SHARED_ROWS == 1 && CONSUMERS > 1) sync_threads(1, CONSUMER_THREADS);
+            if (has_rows) {
+                store_part(consumer, thread, o, softmax, StagedPart{shared.staged});
+                fence_async();
+            }
+            sync_threads(1, CONSUMER_THREADS);
+            send_slices(shared, rank, threadIdx.x - WARPGROUP);
+            barrier_wait(shared.all_received, 0);
+            __syncwarp();
+            cluster_arrive();
+            const ReceivedParts parts{shared.received, shared.staged + rank * SLICE_BYTES, rank, slice_first(rank),
+                                      slice_warp(rank)};
+            add_parts(p, tile, Slice{slice_first(rank), min(slice_first(rank + 1), tile.chunks)},
+                      threadIdx.x - WARPGROUP, parts);
+            __syncwarp();
+            cluster_wait();  // a block's memory outlives what it sends
+        } else {
+            unsigned char* const parts = p.parts + u64(first_number) * PARTS * PART_BYTES;
+            u32* const arrived = p.arrived + u64(first_number) * MAX_PARTS;
+            // Each launch adds as much to each part's. Of this block none but the other consumer can have added yet.
+            const u32 goal = load_acquire(arrived + rank) / (ROWS / 64) * (ROWS / 64) + ROWS / 64;
+            if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
+            if (has_rows) {
+                if ((4 * consumer + thread / 32) * CHUNKS < tile.chunks) {
+                    store_part(consumer, thread, o, softmax, PartInMemory{parts + rank * PART_BYTES});
+                }
+                sync_threads(2 + consumer, WARPGROUP);
+                if (thread == 0) add_release(arrived + rank);
+            }
+            const Slice slice{tile.chunks * int(rank) / PARTS, tile.chunks * int(rank + 1) / PARTS};
+            const PartsInMemory others{parts, arrived, goal};
+            others.wait(consumer, thread);
+            add_parts(p, tile, slice, threadIdx.x - WARPGROUP, others);
         }
     }
 }

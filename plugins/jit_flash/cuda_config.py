@@ -24,7 +24,10 @@ MAX_PARTS = 32
 """Of a tile, that meet in memory."""
 LONG = 1024
 """Keys, of which a few masked ones more in the last block do not count."""
-SHAPES = ((128, 176, 1), (128, 128, 1), (128, 64, 1), (64, 128, 1), (64, 64, 1), (64, 128, 2), (64, 64, 2))
+SHAPES = (
+    *((128, keys, 1) for keys in (176, 160, 128, 64)),
+    *((64, keys, shared_rows) for shared_rows in (1, 2) for keys in (128, 64)),
+)
 """Of a tile and its key blocks: rows, keys, and how many consumers share the rows."""
 
 
@@ -72,8 +75,10 @@ class Config:
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int | None:
         """What a block needs, as the kernel lays it out; None where that is more than it may have."""
         d, dv = rounded(head_dim), self.columns(head_dim_v)
-        q, ring = self.rows * d * 2, self.stages * self.keys * (d + dv) * 2
-        barriers = 8 * (4 + 4 * self.stages)
+        in_registers = self.keys * 3 // 4 + dv // 2 + d // 4 <= 192
+        q = self.rows * d * 2 * (2 if self.persistent and not in_registers else 1)
+        ring = self.stages * self.keys * (d + dv) * 2
+        barriers = 8 * (6 + 4 * self.stages)
         merged = 128 * (dv // 2 + 4) * 4 if self.shared_rows > 1 else 0
         needed = q + ring + merged + barriers
         if self.cluster == 1:
@@ -122,15 +127,19 @@ def configs(problem: Problem, clusters: Mapping[int, int]) -> Iterator[Config]:
             continue
         blocks, tiles = -(-problem.seqlen_k // keys) // shared_rows, units(problem, one)
         many = tiles > clusters[1] and problem.seqlen_k >= LONG
+        long = _long_blocks(problem, split_v, masked=masked)
         for parts, clustered in itertools.chain(_clustered(blocks), _in_memory(blocks, tiles, clusters[1])):
-            # Of many tiles with 128 rows, blocks of 128 keys were up to 9% slower than those of 176 without masks, and
-            # blocks of 64 keys up to 20%.
-            if parts == 1 and many and rows == 128 and not wide and keys != (128 if masked else 176):
+            if parts == 1 and many and rows == 128 and not wide and keys != long:
                 continue
-            if keys > 128 and (parts > 1 or masked):
+            if keys > 128 and (parts > 1 or masked or keys != long):
                 continue
-            # Where masks make tiles unequal, blocks of one tile each were up to 11% faster than those that take more.
-            persistent = parts == 1 and shared_rows == 1 and not masked and tiles > clusters[1]
+            # Where a query sees no key, a tile may see none.
+            persistent = (
+                parts == 1
+                and shared_rows == 1
+                and tiles > clusters[1]
+                and not (masked and problem.seqlen_q > problem.seqlen_k)
+            )
             # More stages hide more latency, but where tiles are large and many two measured 4% faster than three.
             for stages in (2,) if rows == keys == 128 and parts == 1 else (4, 3, 2):
                 config = dataclasses.replace(
@@ -139,6 +148,18 @@ def configs(problem: Problem, clusters: Mapping[int, int]) -> Iterator[Config]:
                 if stages % shared_rows == 0 and config.shared_bytes(problem.head_dim, problem.head_dim_v) is not None:
                     yield config
                     break
+
+
+def _long_blocks(problem: Problem, split_v: int, *, masked: bool) -> int:
+    """Keys of a block where many tiles have 128 rows: without masks as many as there is room for.
+
+    Blocks of 128 keys were up to 9% slower than those of 176, and blocks of 64 up to 20%.
+    """
+    for keys in (128,) if masked else (176, 160):
+        config = Config(128, keys, 2, split_v=split_v, persistent=True)
+        if config.shared_bytes(problem.head_dim, problem.head_dim_v) is not None:
+            return keys
+    return 128
 
 
 def _clustered(blocks: int) -> Iterator[tuple[int, bool]]:
