@@ -49,8 +49,8 @@ def cxx() -> str | None:
 
 
 def cpu_isa() -> str | None:
-    """ATTNBENCH_CPU_ISA: the instruction sets that jit_flash on a CPU is to use; unset takes the best there are."""
-    return os.environ.get("ATTNBENCH_CPU_ISA") or None
+    """ATTNBENCH_CPU_ISA: the instruction sets that jit_flash on a CPU is to use, lower-cased; unset takes the best."""
+    return os.environ.get("ATTNBENCH_CPU_ISA", "").strip().lower() or None
 
 
 def cuda_timing() -> str:
