@@ -286,7 +286,7 @@ class _Process:
             raise _Failed(f"it took longer than {limit_s:g} s", silent=True) from None
         except Closed as error:
             code = self._child.exit_code(LAST_WORDS_S)
-            how = "its process closed the connection" if code is None else ending(code)
+            how = "its process closed the connection" if code is None else f"{ending(code)}{self._child.last_words()}"
             raise _Failed(how, code) from error
         except WireError as error:
             raise _Failed(f"what its process answers cannot be read: {one_line(str(error))}") from error

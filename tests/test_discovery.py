@@ -300,9 +300,11 @@ def test_a_setting_that_is_none_is_one_error_and_no_plugins_failure(
 
 
 def test_a_process_that_does_not_start_is_a_clear_error(plugins: PluginFolder) -> None:
-    (plugins.path / "sitecustomize.py").write_text("import os\nos._exit(9)")
-    with pytest.raises(AttnbenchError, match=r"the process that loads plugins does not start: exit code 9"):
-        discover()
+    for words, last in (("", ""), ("no licence", "; last on stderr: no licence")):
+        (plugins.path / "sitecustomize.py").write_text(f"import os\nos.write(2, {words.encode()!r})\nos._exit(9)")
+        with pytest.raises(AttnbenchError) as caught:
+            discover()
+        assert caught.value.message == f"the process that loads plugins does not start: exit code 9{last}"
 
 
 @pytest.mark.usefixtures("all_plugins")
