@@ -17,13 +17,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
 
 def leave_torch_alone() -> None:
     """Let torch import no device's package by itself, unless TORCH_DEVICE_BACKEND_AUTOLOAD says otherwise.
 
     `import torch` fails where such a package does; a device of attnbench's imports its own, and tells why it cannot.
     """
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    os.environ.setdefault(AUTOLOAD, "0")
 
 
 def plugins() -> frozenset[str] | None:
