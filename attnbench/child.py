@@ -7,13 +7,19 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 
 from attnbench import keeper
+from attnbench.text import one_line, without_home
 from attnbench.wire import Channel
 
 END_TIMEOUT_S = 10.0
 LAST_WORDS_S = 5.0
 """For the keeper to say how a process ended whose end of the channel is closed."""
+LAST_BYTES, LINE_LENGTH = 4096, 300
+"""How much of what a process writes to stderr is kept, and how much of its last line goes into a reason."""
+STDERR_END_S = 1.0
+"""For what is left in the pipe; who has it open longer, where the system has no subreaper, is not waited for."""
 NO_ATTNBENCH, OTHER_ATTNBENCH = 86, 87
 """Exit codes of an interpreter without attnbench, and of one whose attnbench is too old to know what is asked of it."""
 
@@ -48,20 +54,35 @@ class Child:
         self._control, control = socket.socketpair()
         self._control.settimeout(END_TIMEOUT_S)
         self.channel = Channel(ours)
-        with theirs, control:
+        self._last = b""
+        read_end, stderr = os.pipe()
+        with theirs, control, open(stderr, "wb"):
             descriptors = [control.fileno(), theirs.fileno()]
             try:
                 self._keeper = subprocess.Popen(
                     [python, "-c", program, *map(str, descriptors)],
                     stdin=subprocess.DEVNULL,
-                    stdout=2,
+                    stdout=2,  # what it prints is no data of attnbench's
+                    stderr=stderr,
                     pass_fds=descriptors,
                     start_new_session=True,
                 )
             except OSError:
                 self.channel.close()
                 self._control.close()
+                os.close(read_end)
                 raise
+        self._passing_on = threading.Thread(target=self._pass_on, args=(read_end,), daemon=True)
+        self._passing_on.start()
+
+    def _pass_on(self, descriptor: int) -> None:
+        """Pass what the process writes to stderr on to this one's, at once, and keep its end."""
+        with open(descriptor, "rb", buffering=0) as stream:
+            while data := stream.read(1 << 16):
+                self._last = (self._last + data)[-LAST_BYTES:]
+                with contextlib.suppress(OSError):  # where nobody reads it any more, the process must not wait for that
+                    while data:
+                        data = data[os.write(2, data) :]
 
     def order(self, order: bytes) -> bool:
         """Have the keeper stop or continue the process and all below it; whether it has.
@@ -89,6 +110,14 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._keeper.pid, signal.SIGKILL)
             self._keeper.wait()
+        self._passing_on.join(STDERR_END_S)
+
+    def last_words(self) -> str:
+        """To follow `ending`: the last line that the process, which has ended, wrote to stderr; empty without one."""
+        self._passing_on.join(STDERR_END_S)
+        lines = map(one_line, without_home(self._last.decode(errors="replace")).splitlines())
+        line = next((line for line in reversed(list(lines)) if line), "")
+        return f"; last on stderr: {line[:LINE_LENGTH]}" if line else ""
 
 
 def ending(code: int) -> str:

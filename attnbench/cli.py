@@ -13,7 +13,7 @@ import typer
 
 from attnbench import settings
 from attnbench.console import Progress, complain, data_stream, say, write, write_json, write_table
-from attnbench.errors import AttnbenchError, ExitCode
+from attnbench.errors import AttnbenchError, ExitCode, in_a_line
 from attnbench.options import (
     AsJson,
     Backends,
@@ -458,6 +458,13 @@ def _discover(
 ) -> Catalogue:
     from attnbench import discovery
 
+    if os.environ.get(settings.AUTOLOAD) == "1":  # or every plugin would fail at it, each in other words
+        try:
+            import torch  # noqa: F401
+        except Exception as error:
+            why = in_a_line(error.__cause__ or error)
+            hint = "unset it: attnbench imports a device's package itself, and tells why it cannot"
+            raise AttnbenchError(f"under {settings.AUTOLOAD}=1 torch cannot be imported: {why}", hint) from error
     return discovery.discover(frozenset(no_plugin or ()), _interpreters(python or ()), files)
 
 

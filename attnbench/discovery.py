@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attnbench import settings
@@ -43,10 +43,11 @@ def discover(
     excludes.
 
     `python` maps names of entry points or backends to other interpreters, over those in the user's config.toml: what
-    brings that name is then looked for in their environments, and replaces what has its names in this one. `files` are
-    backends in files that are installed nowhere (EntryPointRef.of_file). A plugin that fails to import, ends or blocks
-    its process for `limit_s` seconds, misspells a hook, brings something that is no backend, or clashes with an earlier
-    one brings nothing, and is in the catalogue with its error.
+    brings that name is then looked for in their environments, and replaces what has its names in this one, which is
+    there as not available where that fails. `files` are backends in files that are installed nowhere
+    (EntryPointRef.of_file). A plugin that fails to import, ends or blocks its process for `limit_s` seconds,
+    misspells a hook, brings something that is no backend, or clashes with an earlier one brings nothing, and is in
+    the catalogue with its error.
 
     Raises AttnbenchError where `without` names an entry point that is not there, `python` an interpreter, or `files` a
     file, and where a setting that every plugin of a device would stumble over is none.
@@ -69,19 +70,21 @@ def discover(
         except _Failed as failed:
             raise AttnbenchError(f"the process that loads plugins does not start: {failed}") from failed
         names = {source.name for source in entries}
-        if missing := sorted(set(without) - names - set(elsewhere)):
-            raise AttnbenchError(f"no plugin is called {missing[0]!r}", f"there are {', '.join(sorted(names))}")
+        if unknown := sorted(set(without) - names - set(elsewhere)):
+            raise AttnbenchError(f"no plugin is called {unknown[0]!r}", f"there are {', '.join(sorted(names))}")
         found = [
             here.describe(source)
             for source in entries
             if source.name not in without and source.name not in chosen and (wanted is None or source.name in wanted)
         ]
         from_files = [here.describe(source) for source in dict.fromkeys(files)]
-    brought: list[Description] = []
-    for executable in dict.fromkeys(chosen.values()):
-        brought += _elsewhere([name for name in chosen if chosen[name] == executable], executable, without, limit_s)
-    replaced = {*chosen, *(info.name for description in brought for info in description.backends)}
-    return _merge([*_less(found, replaced), *brought, *from_files])
+        brought: list[Description] = []
+        for executable in dict.fromkeys(chosen.values()):
+            brought += _elsewhere([name for name in chosen if chosen[name] == executable], executable, without, limit_s)
+        missing = {description.source.name for description in brought if description.error is not None}
+        namesakes = [*found, *(here.describe(source) for source in entries if source.name in missing)]
+    left = _less(found, {*chosen, *(info.name for description in brought for info in description.backends)})
+    return _merge([*left, *_with_stand_ins(brought, namesakes, left), *from_files])
 
 
 def _executable(name: str, executable: str) -> str:
@@ -121,6 +124,26 @@ def _elsewhere(names: Collection[str], python: str, without: Collection[str], li
                 why = f" ({', '.join(broken)} failed to load there)" if broken else ""
                 failures.append(_failure(name, python, f"{shown} has no plugin and no backend called {name}{why}"))
     return [*brought.values(), *failures]
+
+
+def _with_stand_ins(
+    brought: Sequence[Description], namesakes: Sequence[Description], left: Sequence[Description]
+) -> Iterator[Description]:
+    """What other interpreters brought; for what they did not, what has its name here stands as not available."""
+    taken = {(info.name, info.device) for description in (*left, *brought) for info in description.backends}
+    for description in brought:
+        if description.error is not None:
+            why, source = description.plugin.error_line, description.source
+            facts: dict[str, Any] = {"available": False, "reason": why, "source": source, "libraries": ()}
+            found = {
+                (info.name, info.device): dataclasses.replace(info, **facts)
+                for namesake in namesakes
+                for info in namesake.backends
+                if source.name in (namesake.source.name, info.name) and (info.name, info.device) not in taken
+            }
+            taken |= found.keys()
+            description = dataclasses.replace(description, backends=tuple(found.values()))
+        yield description
 
 
 def _failure(name: str, python: str, error: str) -> Description:
@@ -286,7 +309,7 @@ class _Process:
             raise _Failed(f"it took longer than {limit_s:g} s", silent=True) from None
         except Closed as error:
             code = self._child.exit_code(LAST_WORDS_S)
-            how = "its process closed the connection" if code is None else ending(code)
+            how = "its process closed the connection" if code is None else f"{ending(code)}{self._child.last_words()}"
             raise _Failed(how, code) from error
         except WireError as error:
             raise _Failed(f"what its process answers cannot be read: {one_line(str(error))}") from error

@@ -251,12 +251,14 @@ class IsolatedWorker:
         assert self._child is not None
         code = self._child.exit_code(wait_s)
         self._child.close()
+        # Later on, what it wrote last may be old and about something else.
+        words = "" if self._ready else self._child.last_words()
         self._child = None
         if code is None:
             return ""
         if code >= 0:
-            return f"its process ended with {ending(code)}"
-        return f"its process was {ending(code)}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+            return f"its process ended with {ending(code)}{words}"
+        return f"its process was {ending(code)}" + (" (out of memory?)" if -code == signal.SIGKILL else "") + words
 
 
 class _WallClock:

@@ -122,8 +122,8 @@ def _entries(
         names = [b.name for b in catalogue.backends if b.device == kind and b.available and device_reason is None]
     else:
         names = resolve_backends(selection.backends, catalogue)
-    broken = {plugin.source.name for plugin in catalogue.failures}  # leaving out what did not load is no error
-    words = [word for word in split(selection.skip, "--skip") if word not in broken]
+    _, failed = _names(catalogue)  # leaving out what did not load is no error
+    words = [word for word in split(selection.skip, "--skip") if word not in failed]
     skipped = resolve_backends(",".join(words), catalogue, "--skip") if words else []
     return tuple(_entry(name, catalogue, kind, device_reason) for name in names if name not in skipped)
 
@@ -148,8 +148,7 @@ def resolve_backends(
     `also` is what else the option takes, for hints. Raises AttnbenchError: for a plugin that failed to load with exit
     code 4, for a miss with the closest name.
     """
-    known = list(dict.fromkeys(b.name for b in catalogue.backends))
-    failed = {p.source.name: p for p in catalogue.failures if p.source.name not in known}
+    known, failed = _names(catalogue)
     files: dict[EntryPointRef | None, PluginInfo] = {p.source: p for p in catalogue.plugins if p.source.file}
     names: list[str] = []
     for word in split(text, option):
@@ -162,6 +161,14 @@ def resolve_backends(
             _require_loaded(failed[name], "attnbench plugins shows its traceback")
         names.append(name)
     return list(dict.fromkeys(names))
+
+
+def _names(catalogue: Catalogue) -> tuple[list[str], dict[str, PluginInfo]]:
+    """The names of backends and, but for those, of plugins that failed to load and of backends that they stand for."""
+    broken = {plugin.source for plugin in catalogue.failures}
+    known = list(dict.fromkeys(b.name for b in catalogue.backends if b.source not in broken))
+    names = ((name, plugin) for plugin in catalogue.failures for name in (plugin.source.name, *plugin.backends))
+    return known, {name: plugin for name, plugin in names if name not in known}
 
 
 def files_of(selection: Selection) -> list[EntryPointRef]:

@@ -96,6 +96,7 @@ class PluginInfo:
 
     source: EntryPointRef
     backends: tuple[str, ...]
+    """Of one that another interpreter failed to bring, those that have its name in this one's environment."""
     suites: tuple[str, ...]
     load_s: float
     error: str | None

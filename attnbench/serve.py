@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import os
 import socket
 import time
 from typing import Any
@@ -29,7 +28,6 @@ def serve(descriptor: int) -> None:
 
     The first message names the backend, each one after that a method of Worker; tensors go by shared memory.
     """
-    os.dup2(2, 1)  # what a backend prints is no data of attnbench's
     channel = Channel(socket.socket(fileno=descriptor))
     hello, _ = channel.receive()
     if hello["version"] != VERSION:

@@ -17,13 +17,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
 
 def leave_torch_alone() -> None:
     """Let torch import no device's package by itself, unless TORCH_DEVICE_BACKEND_AUTOLOAD says otherwise.
 
     `import torch` fails where such a package does; a device of attnbench's imports its own, and tells why it cannot.
     """
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    os.environ.setdefault(AUTOLOAD, "0")
 
 
 def plugins() -> frozenset[str] | None:
@@ -49,8 +51,8 @@ def cxx() -> str | None:
 
 
 def cpu_isa() -> str | None:
-    """ATTNBENCH_CPU_ISA: the instruction sets that jit_flash on a CPU is to use; unset takes the best there are."""
-    return os.environ.get("ATTNBENCH_CPU_ISA") or None
+    """ATTNBENCH_CPU_ISA: the instruction sets that jit_flash on a CPU is to use, lower-cased; unset takes the best."""
+    return os.environ.get("ATTNBENCH_CPU_ISA", "").strip().lower() or None
 
 
 def cuda_timing() -> str:

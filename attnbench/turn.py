@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from attnbench import ledger, spot
-from attnbench.blocks import Block, Progress, Verdict
+from attnbench.blocks import Block, Lap, Progress, Verdict
 from attnbench.devices import Device, Timing
 from attnbench.environment import one_line
 from attnbench.errors import in_a_line
@@ -142,9 +142,8 @@ class Turn:
     def _lane(self, backend: str) -> _Lane:
         blocks, budget = self._progress.blocks, self._progress.verdicts[backend].check.err_budget
         before = blocks[-1].laps.get(backend) if blocks else None
-        method = None if before is None else before.timing_method
         inputs = self._inputs(self._bench.seed)
-        return _Lane(self._bench, self._problem, inputs, budget, self._workers[backend], method)
+        return _Lane(self._bench, self._problem, inputs, budget, self._workers[backend], before)
 
     def _time(self, lanes: dict[str, _Lane], protocol: Protocol) -> Block | None:
         for name in list(lanes):
@@ -251,10 +250,11 @@ class _Lane:
         inputs: Inputs,
         err_budget: float,
         worker: AnyWorker,
-        method: str | None,
+        before: Lap | None,
     ) -> None:
-        """`method` is how it was timed in the blocks before, if there were any."""
-        self._method = method
+        """`before` is of the last block, if there was one."""
+        self._method = before.timing_method if before else None
+        self._fallback = before.fallback if before else ""
         self._bench = bench
         self._problem = problem
         self._inputs = inputs
@@ -276,8 +276,9 @@ class _Lane:
         why = one_line(timing.fallback)[:REASON_LENGTH]
         if self._method not in (None, timing.method):
             changed = f"timed by {timing.method}, and before by {self._method}"
+            why = why or self._fallback  # why one of the two is not the device's own
             raise CaseFailed(Status.RUNTIME_ERROR, f"{changed}: {why}" if why else changed)
-        self._method = timing.method
+        self._method, self._fallback = timing.method, why
         with _judging(self._bench.books):
             for call, output in zip(look_at, timed.outputs):
                 patch = Patch.of(self._problem, seed, call - call % timing.calls_a_change)

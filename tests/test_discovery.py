@@ -300,9 +300,11 @@ def test_a_setting_that_is_none_is_one_error_and_no_plugins_failure(
 
 
 def test_a_process_that_does_not_start_is_a_clear_error(plugins: PluginFolder) -> None:
-    (plugins.path / "sitecustomize.py").write_text("import os\nos._exit(9)")
-    with pytest.raises(AttnbenchError, match=r"the process that loads plugins does not start: exit code 9"):
-        discover()
+    for words, last in (("", ""), ("no licence", "; last on stderr: no licence")):
+        (plugins.path / "sitecustomize.py").write_text(f"import os\nos.write(2, {words.encode()!r})\nos._exit(9)")
+        with pytest.raises(AttnbenchError) as caught:
+            discover()
+        assert caught.value.message == f"the process that loads plugins does not start: exit code 9{last}"
 
 
 @pytest.mark.usefixtures("all_plugins")
@@ -499,8 +501,9 @@ def test_plugins_tells_which_interpreter_loaded_one(envs, cli: Cli, plugins: Plu
 
 def broken_fi(catalogue: Catalogue) -> str:
     info = plugin(catalogue, "fi")
-    assert keys(catalogue) == [("toy", "cpu")]
-    assert info.backends == ()
+    assert sorted(keys(catalogue)) == [("fi", "cpu"), ("toy", "cpu")]
+    stand_in = next(b for b in catalogue.backends if b.name == "fi")
+    assert (stand_in.available, stand_in.reason, stand_in.source) == (False, info.error_line, info.source)
     with pytest.raises(AttnbenchError) as caught:
         plan.resolve_backends("fi", catalogue)
     assert caught.value.exit_code == ExitCode.PLUGIN_FAILED
@@ -541,6 +544,38 @@ def test_another_version_of_attnbench_is_that_names_failure(site: dict[str, str]
     assert broken_fi(discover(python={"fi": str(there.python)})) == (
         "~/fi/bin/python has another version of attnbench: install this one there"
     )
+
+
+def test_what_an_interpreter_fails_to_bring_is_listed_and_asked_for_with_why_not(
+    envs, plugins: PluginFolder, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTNBENCH_PLUGINS", "fi,four,one,only_there,peers,toy")
+    broken, there = envs("broken"), envs()
+    broken.python.write_text("#!/bin/sh\nexit 3\n")
+    there.backends('[Toy("two")]', entry="fi")
+    plugins.backends('[Toy("one"), Toy("one", "npu"), Toy("two"), Toy("three")]', entry="peers")
+    plugins.backends('[Toy("three"), Toy("four")]', entry="toy")
+    options = [f"--python={name}={broken.python}" for name in ("peers", "one", "four", "only_there")]
+    answer = cli("list", "--json", *options, f"--python=fi={there.python}")
+    why = "~/broken/bin/python does not start attnbench: exit code 3"
+    assert answer.code == 0
+    assert sorted((b["name"], b["device"], b["reason"]) for b in json.loads(answer.out)) == [
+        ("four", "cpu", why),
+        ("one", "cpu", why),
+        ("one", "npu", why),
+        ("three", "cpu", None),  # of another plugin, which goes on
+        ("two", "cpu", None),  # of another interpreter
+    ]
+    assert f"note: plugin only_there of unknown failed to load: {why}" in answer.err
+    for name in ("one", "four", "peers", "only_there"):
+        asked = cli("run", "--backends", name, "--dry-run", *TINY, *options)
+        assert asked.code == ExitCode.PLUGIN_FAILED
+        assert asked.problem.endswith(f" failed to load: {why}")
+    left = cli("run", "--backends", "three,two", "--skip", "one,two", "--dry-run", *TINY, *options)
+    assert left.code == ExitCode.PLUGIN_FAILED
+    assert left.problem.startswith("error: plugin peers of unknown failed to load: ")
+    left = cli("run", "--backends", "three", "--skip", "one,two", "--dry-run", *TINY, *options)
+    assert (left.code, "three" in left.out) == (0, True)
 
 
 @pytest.mark.usefixtures("own")

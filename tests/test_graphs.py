@@ -13,6 +13,7 @@ import torch
 
 from attnbench import spot
 from attnbench.backend import Backend
+from attnbench.blocks import Lap
 from attnbench.devices import MOST_CALLS_A_CHANGE, Timing, driver
 from attnbench.devices.cuda import CudaDevice
 from attnbench.devices.driver import FUNCTIONS, Driver, DriverError
@@ -649,11 +650,12 @@ def lane(gpu, timer):
     timer.kind = "cpu"
     timer.info = lambda: SimpleNamespace(cores=None)
 
-    def make(backend, method=None):
+    def make(backend, method=None, fallback=""):
         worker = Worker(backend(gpu), timer, 30.0, Seal())
         worker.prepare(PROBLEM, INPUTS)
         bench = SimpleNamespace(device=timer, books=SimpleNamespace(spend=lambda _: contextlib.nullcontext()))
-        return _Lane(bench, PROBLEM, INPUTS, 1e-5, worker, method), worker
+        before = method and Lap(times_us=(1.0,), calls=(1,), host_us=(), timing_method=method, fallback=fallback)
+        return _Lane(bench, PROBLEM, INPUTS, 1e-5, worker, before), worker
 
     return make
 
@@ -695,16 +697,21 @@ def test_what_works_in_some_calls_works_in_all_that_are_replayed(lane):
 
 
 def test_a_case_is_timed_by_one_method_alone(gpu, lane):
-    made, _ = lane(OnGpu, DEVICE_EVENTS)
-    with pytest.raises(CaseFailed) as caught:
-        made.time_calls(4, cold=False)
-    assert (caught.value.status, caught.value.reason) == (
-        Status.RUNTIME_ERROR,
-        "timed by cuda_graph, and before by device_events",
-    )
+    for fallback, why in (("out of memory", ": out of memory"), ("", "")):  # none where events were asked for
+        made, _ = lane(OnGpu, DEVICE_EVENTS, fallback)
+        with pytest.raises(CaseFailed) as caught:
+            made.time_calls(4, cold=False)
+        assert (caught.value.status, caught.value.reason) == (
+            Status.RUNTIME_ERROR,
+            f"timed by cuda_graph, and before by device_events{why}",
+        )
     gpu.failing = {"cuGraphCreate": NOT_SUPPORTED}
     made, _ = lane(OnGpu, CUDA_GRAPH)
     with pytest.raises(CaseFailed, match="timed by device_events, and before by cuda_graph: a call of it cannot be"):
         made.time_calls(4, cold=False)
     made, _ = lane(OnGpu, DEVICE_EVENTS)
     assert made.time_calls(4, cold=False).method == DEVICE_EVENTS
+    del gpu.failing["cuGraphCreate"]
+    made._worker.prepare(PROBLEM, INPUTS)  # where it is tried again
+    with pytest.raises(CaseFailed, match="timed by cuda_graph, and before by device_events: a call of it cannot be"):
+        made.time_calls(4, cold=False)

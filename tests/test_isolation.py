@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from attnbench import isolation, processes, spot
+from attnbench.child import LINE_LENGTH
 from attnbench.isolation import IsolatedWorker
 from attnbench.patches import Patch
 from attnbench.problem import Problem
@@ -110,6 +111,7 @@ FAULTS = {
     "babble": babble,
     "claim_nothing": claim_nothing,
     "prints": lambda: (print("from python"), os.write(1, b"from the system\\n")),
+    "floods": lambda: [os.write(2, b"flood" * 200 + b"\\n") for _ in range(2000)],
     "fine": lambda: None,
 }
 
@@ -284,6 +286,46 @@ def test_a_process_that_cannot_be_started_is_unavailable_and_ends_nothing_else(t
         assert caught.value.reason == "its process cannot be started: No such file or directory"
     made.pause()
     made.close()
+
+
+def test_a_process_that_ends_at_its_start_is_crashed_with_its_last_words_and_tells_all(plugin, capfd):
+    (plugin / "broken").mkdir()
+    (plugin / "broken" / "torch.py").write_text("raise ImportError('\x1b[1mlibcudart.so\x1b[0m: no such file\\n\\n')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(plugin / "broken"), prepend=os.pathsep)
+        made = IsolatedWorker(info("fine"), 60.0)
+    for _ in range(2):
+        with pytest.raises(CaseFailed) as caught:
+            made.begin()
+        assert (caught.value.status, caught.value.reason) == (
+            Status.CRASHED,
+            "its process ended with exit code 1; last on stderr: ImportError: libcudart.so: no such file",
+        )
+    assert "Traceback (most recent call last):" in capfd.readouterr().err
+    made.close()
+
+
+def test_last_words_are_short_and_without_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nprintf 'no /home/somebody/lib %0999d\\n' 0 >&2\nkill -9 $$\n")
+    python.chmod(0o755)
+    made = IsolatedWorker(info("fine"), 60.0, python=str(python))
+    with pytest.raises(CaseFailed) as caught:
+        made.begin()
+    head, words = caught.value.reason.split("; last on stderr: ")
+    assert head == "its process was killed by SIGKILL (out of memory?)"
+    assert words == "no ~/lib " + "0" * (LINE_LENGTH - 9)
+    made.close()
+
+
+def test_a_worker_may_write_any_amount_to_stderr_and_all_of_it_is_passed_on(worker, capfd):
+    made = worker("floods")
+    made.prepare(PROBLEM, INPUTS)
+    capfd.readouterr()
+    assert Reference.of(PROBLEM, INPUTS, 0).judge(made.output()).passed
+    made.close()
+    assert capfd.readouterr().err == ("flood" * 200 + "\n") * 2000
 
 
 def test_the_memory_of_a_problem_is_given_back_on_both_sides(worker):

@@ -503,6 +503,12 @@ def test_unavailable_with_instructions_that_are_not_there(monkeypatch):
     assert JitFlashCpu().unavailable() == "this CPU has no f16c: unset ATTNBENCH_CPU_ISA=avx2"
 
 
+def test_a_path_may_be_written_in_any_case(monkeypatch):
+    monkeypatch.setattr(jit, "cpu_features", lambda: "avx2 fma f16c avx512f avx512bw avx512cd avx512dq avx512vl")
+    monkeypatch.setenv("ATTNBENCH_CPU_ISA", " AVX2 ")
+    assert (JitFlashCpu().unavailable(), JitFlashCpu().summary) == (None, "JIT-compiled C++ flash attention (avx2)")
+
+
 @pytest.mark.parametrize(
     ("features", "name"),
     [

@@ -767,3 +767,15 @@ def test_list_works_and_tells_why_where_torch_npu_cannot_be_imported(site: Path,
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in reason
     autoloaded = python("import torch", env=environment(site, FAKE_NPU="no_cann"))
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in autoloaded.err, "so it is without attnbench"
+
+
+@pytest.mark.parametrize("words", [("list",), ("list", "--device", "cpu"), ("env",)], ids=" ".join)
+def test_an_autoload_that_was_asked_for_and_fails_is_one_error(
+    words: tuple[str, ...], site: Path, tmp_path: Path
+) -> None:
+    answer = command(*words, cwd=tmp_path, FAKE_NPU="no_cann", TORCH_DEVICE_BACKEND_AUTOLOAD="1")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.problem.startswith(
+        "error: under TORCH_DEVICE_BACKEND_AUTOLOAD=1 torch cannot be imported: ImportError: libhccl.so: cannot open"
+    )
+    assert "hint: unset it" in answer.err

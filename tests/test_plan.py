@@ -114,6 +114,8 @@ def test_a_failed_plugin_asked_for_by_name_or_prefix_is_exit_code_4(word):
 def test_a_failed_plugin_does_not_hide_a_backend_of_its_name():
     catalogue = dataclasses.replace(CATALOGUE, plugins=(broken("sdpa"),))
     assert resolve_backends("sdpa", catalogue) == ["sdpa"]
+    chosen = make(Selection(device="cpu", skip="sdpa"), catalogue)
+    assert "sdpa" not in names(chosen)
 
 
 @pytest.mark.parametrize("text", ["", ",", "sdpa,", ",sdpa", "sdpa,,gemm_ref", " "])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,7 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,24 @@ def case(seqlen_q: int, backend: str = "jit_flash", reason: str = "") -> Result:
     return passed(backend, problem={"seqlen_q": seqlen_q})
 
 
-def start(path: Path) -> RunWriter:
-    return RunWriter(path, header(), DEVICE)
+_started: list[RunWriter] = []
+
+
+def start(path: Path, *, fresh: bool = False, **more: Any) -> RunWriter:
+    """A run that is closed with its test."""
+    _started.append(RunWriter(path, header() | more, DEVICE, fresh=fresh))
+    return _started[-1]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_open(tmp_path: Path) -> Iterator[None]:
+    """A run holds a descriptor until it is closed, and workers of later tests get the numbers after all that are."""
+    yield
+    while _started:
+        _started.pop().close()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that the folder was read by
+            assert not os.readlink(f"/proc/self/fd/{name}").startswith(str(tmp_path))
 
 
 @pytest.fixture
@@ -102,7 +119,7 @@ def test_any_text_of_a_plugin_is_recorded_and_read_back(reason: str, tmp_path: P
 
 def test_an_argument_that_is_no_utf8_does_not_stop_a_run(tmp_path: Path) -> None:
     command = ["attnbench", "run", "--out", "x\udcff"]
-    RunWriter(tmp_path / "run", header() | {"command": command}, DEVICE).add([case(1)])
+    start(tmp_path / "run", command=command).add([case(1)])
     assert store.load(tmp_path / "run").header["command"] == command
 
 
@@ -434,14 +451,14 @@ def test_a_run_that_cannot_begin_leaves_nothing(room: int, file: str, tmp_path: 
 
 
 def test_a_fresh_run_takes_no_folder_that_is_there(tmp_path: Path) -> None:
-    RunWriter(tmp_path / "a", header(), DEVICE, fresh=True)
+    start(tmp_path / "a", fresh=True)
     (tmp_path / "empty").mkdir()
     for name in ("a", "empty"):
         with pytest.raises(FileExistsError):
-            RunWriter(tmp_path / name, header(), DEVICE, fresh=True)
+            start(tmp_path / name, fresh=True)
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(AttnbenchError, match=r"^cannot make .*link/run: File exists$"):
-        RunWriter(tmp_path / "link" / "run", header(), DEVICE, fresh=True)
+        start(tmp_path / "link" / "run", fresh=True)
 
 
 def test_an_interrupt_while_results_are_written_waits_until_they_are(
@@ -465,7 +482,7 @@ def test_an_interrupt_while_results_are_written_waits_until_they_are(
 def test_rows_stand_in_the_plans_order_however_the_cases_ended(tmp_path: Path) -> None:
     first, second = passed(problem={"seqlen_q": 64}), passed(problem={"seqlen_q": 128})
     cases = [first.problem.case_id, second.problem.case_id]
-    writer = RunWriter(tmp_path / "run", header() | {"suite": {"cases": cases}, "backends": ["jit_flash"]}, DEVICE)
+    writer = start(tmp_path / "run", suite={"cases": cases}, backends=["jit_flash"])
     writer.add([second])
     writer.add([first])
     assert [values["sq"] for values in store.load(tmp_path / "run").rows] == [64, 128]
@@ -552,7 +569,8 @@ def test_a_backend_that_failed_after_some_blocks_is_not_taken_up_again(unfinishe
     state = found[case(2).problem.case_id]
     writer.add([case(2, "sdpa", "it broke")])
     writer.close()
-    _, found = RunWriter.reopen(unfinished)
+    writer, found = RunWriter.reopen(unfinished)
+    writer.close()
     state = found[case(2).problem.case_id]
     assert list(state.verdicts) == ["jit_flash"]
     assert list(state.results) == ["sdpa"]
