@@ -87,6 +87,26 @@ def test_an_ambiguous_prefix_names_what_it_could_be():
     assert error.exit_code == 2
 
 
+def test_a_prefix_of_one_backend_of_the_device_is_unique_whatever_others_have():
+    flashes = (backend("flash_a", "cuda"), backend("flash_b", "cuda"), backend("flash_c"))
+    catalogue = dataclasses.replace(CATALOGUE, backends=(*flashes, SDPA))
+    assert resolve_backends("fla,flash_a", catalogue, kind="cpu") == ["flash_c", "flash_a"]
+    assert error_of(lambda: resolve_backends("fla", catalogue)).message == (
+        "backend 'fla' could be flash_a, flash_b, flash_c"
+    )
+    assert error_of(lambda: resolve_backends("fla", catalogue, kind="cuda")).message == (
+        "backend 'fla' could be flash_a, flash_b"
+    )
+    assert resolve_backends("sd", dataclasses.replace(catalogue, plugins=()), kind="cuda") == ["sdpa"]
+    assert error_of(lambda: resolve_backends("s", catalogue, kind="cpu")).message == (
+        "backend 's' could be sdk_attention, sdpa"
+    ), "of which device a plugin is that failed to load nobody knows"
+    smoke = Selection(device="cpu", suite="smoke")
+    assert names(make(dataclasses.replace(smoke, backends="fla"), catalogue)) == ["flash_c"]
+    assert names(make(dataclasses.replace(smoke, backends="sdpa", baseline="fla"), catalogue)) == ["flash_c", "sdpa"]
+    assert names(make(dataclasses.replace(smoke, skip="fla"), catalogue)) == ["sdpa"]
+
+
 @pytest.mark.parametrize(
     ("word", "nearest"), [("sdap", "sdpa"), ("gem_ref", "gemm_ref"), ("npu_fuzed", "npu_fused_attention")]
 )

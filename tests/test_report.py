@@ -241,8 +241,19 @@ def test_best_is_the_fastest_other_of_each_problem() -> None:
 def test_a_baseline_that_is_not_there_is_refused() -> None:
     with pytest.raises(AttnbenchError) as caught:
         Tables(record(at(1, "a", 1.0), at(1, "b", 1.0)), "sdpa")
-    assert (caught.value.message, caught.value.hint) == ("the baseline 'sdpa' is not in a-run", "there are a, b")
+    assert (caught.value.message, caught.value.hint) == ("the baseline 'sdpa' is not in a-run", "there are a, b, best")
     assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_a_baseline_is_named_by_a_unique_prefix_too() -> None:
+    found = record(*(at(1, kernel, 1.0) for kernel in ("flash", "flash_attn", "flex")))
+    chosen = [Tables(found, word).baseline for word in ("flash", "flash_", "fle", "best")]
+    assert chosen == ["flash", "flash_attn", "flex", "best"]
+    with pytest.raises(AttnbenchError, match="backend 'fl' could be flash, flash_attn, flex"):
+        Tables(found, "fl")
+    with pytest.raises(AttnbenchError) as caught:
+        Tables(found, "flsh")
+    assert caught.value.hint == "did you mean flash?"
 
 
 def test_a_baseline_that_failed_leaves_the_contenders_times() -> None:

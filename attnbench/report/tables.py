@@ -13,7 +13,7 @@ import pandas as pd
 
 from attnbench import stats
 from attnbench.errors import AttnbenchError
-from attnbench.plan import BEST, DEFAULT_BASELINES
+from attnbench.plan import BEST, DEFAULT_BASELINES, match
 from attnbench.report import text, warnings
 from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, NPU_GRAPH, Result, speedup
 from attnbench.rows import COLUMNS, FLOAT_COLUMNS, Row, csv_text
@@ -141,11 +141,8 @@ class Tables:
         if asked is None and own in (BEST, *self._kernels):
             return str(own)
         if asked is not None:
-            if asked != BEST and asked not in self._kernels:
-                raise AttnbenchError(
-                    f"the baseline {asked!r} is not in {self.record.source}", f"there are {', '.join(self._kernels)}"
-                )
-            return asked
+            miss = f"the baseline {asked!r} is not in {self.record.source}"
+            return asked if asked == BEST else match(asked, self._kernels, also=(BEST,), miss=miss)
         if len(self._kernels) < 2:
             return None
         preferred = (DEFAULT_BASELINES[self.record.device.kind], *FALLBACK_BASELINES)
