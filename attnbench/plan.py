@@ -105,7 +105,7 @@ def make(selection: Selection, catalogue: Catalogue, suite: Suite | None = None)
         if more:
             raise AttnbenchError(f"--baseline takes one name, not {selection.baseline!r}")
         if all(entry.name != baseline for entry in entries):
-            entries = (_entry(baseline, catalogue, device.kind, reason), *entries)
+            entries = (_baseline_entry(baseline, selection, catalogue, device.kind, reason), *entries)
     if not entries:
         raise AttnbenchError(
             f"no backend is left to run on {device.kind}" + (f": {reason}" if reason else ""),
@@ -122,10 +122,28 @@ def _entries(
         names = [b.name for b in catalogue.backends if b.device == kind and b.available and device_reason is None]
     else:
         names = resolve_backends(selection.backends, catalogue, kind=kind)
+    skipped = _skipped(selection, catalogue, kind)
+    return tuple(_entry(name, catalogue, kind, device_reason) for name in names if name not in skipped)
+
+
+def _skipped(selection: Selection, catalogue: Catalogue, kind: DeviceKind) -> list[str]:
     broken = {plugin.source.name for plugin in catalogue.failures}  # leaving out what did not load is no error
     words = [word for word in split(selection.skip, "--skip") if word not in broken]
-    skipped = resolve_backends(",".join(words), catalogue, "--skip", kind=kind) if words else []
-    return tuple(_entry(name, catalogue, kind, device_reason) for name in names if name not in skipped)
+    return resolve_backends(",".join(words), catalogue, "--skip", kind=kind) if words else []
+
+
+def _baseline_entry(
+    name: str, selection: Selection, catalogue: Catalogue, kind: DeviceKind, device_reason: str | None
+) -> Entry:
+    """The entry of a baseline that --backends does not name: nothing could be compared with one that cannot run."""
+    if name in _skipped(selection, catalogue, kind):
+        raise AttnbenchError(f"--skip leaves the baseline {name} out", "leave out one of the two")
+    entry = _entry(name, catalogue, kind, device_reason)
+    if entry.backend is None and device_reason is None:
+        raise AttnbenchError(
+            f"the baseline {name} is not available: {entry.reason}", "attnbench list shows which backends are"
+        )
+    return entry
 
 
 def _entry(name: str, catalogue: Catalogue, kind: DeviceKind, device_reason: str | None) -> Entry:

@@ -212,12 +212,32 @@ def test_best_is_a_baseline_and_adds_nothing():
         ("exotic", 4, "plugin exotic"),
         ("", 2, "--baseline has an empty name in ''"),
         ("sdpa,gemm_ref", 2, "--baseline takes one name, not 'sdpa,gemm_ref'"),
+        ("old", 2, "the baseline old_kernel is not available: needs AVX-512"),
+        (
+            "npu_fused",
+            2,
+            f"npu_fused_attention is not available: it runs on npu, and this run is on cpu (on npu: {NO_TORCH_NPU}",
+        ),
     ],
 )
 def test_a_baseline_that_is_none_is_told(baseline, code, words):
     error = error_of(lambda: made(baseline=baseline))
     assert words in error.message
     assert error.exit_code == code
+
+
+def test_a_baseline_that_is_skipped_is_told():
+    error = error_of(lambda: made(baseline="sdpa", skip="sdp"))
+    assert (error.message, error.hint) == ("--skip leaves the baseline sdpa out", "leave out one of the two")
+    assert error.exit_code == 2
+
+
+def test_a_baseline_that_is_not_available_has_its_rows_where_it_is_among_the_backends():
+    chosen = made(backends="sdpa,old_kernel", baseline="old_kernel")
+    assert [(entry.name, entry.status) for entry in chosen.entries] == [
+        ("sdpa", None),
+        ("old_kernel", Status.UNAVAILABLE),
+    ]
 
 
 def test_a_misspelt_best_is_found():
