@@ -392,6 +392,9 @@ def test_a_speedup_whose_interval_includes_1_is_a_tie(contender: tuple[float, ..
     assert ratio.value == pytest.approx(base["time_us"] / row["time_us"]), "the ratio of the times that are printed"
     details = dict(zip(DETAIL_COLUMNS, tables.detail_rows[1]))
     assert details["verdict"] == verdict
+    tie = verdict == "tie"
+    assert tables.comparisons[0].cells[0][4] == ("≈ " if tie else "") + f"{value:.2f}×"
+    assert (" ≈ marks a tie: no difference that could be told from noise. " in tables.captions[0]) is tie
     assert details["95% interval of it"] == f"{value * math.exp(-half):.2f} to {value * math.exp(half):.2f}"
     assert dict(zip(DETAIL_COLUMNS, tables.detail_rows[0]))["vs baseline"] == "—", "the baseline is not its own rival"
 
@@ -531,7 +534,7 @@ def test_html_has_no_tag_but_the_tables_own(style: str) -> None:
 @pytest.mark.parametrize("style", [s for s in text.FORMATS if s.startswith("latex")])
 def test_latex_has_no_command_but_the_tables_own(style: str) -> None:
     shown = "\n".join(line for line in hostile(style).splitlines() if not line.startswith("%"))
-    own = {"begin", "end", "hline", "toprule", "midrule", "bottomrule", "endhead", "textbackslash", "ensuremath"}
+    own = {"begin", "end", "hline", "toprule", "midrule", "bottomrule", "endhead", "textbackslash", "ensuremath", "approx"}
     commands = set(re.findall(r"\\([A-Za-z]+)", shown))
     assert commands <= own | {"textasciitilde", "textasciicircum"}
     assert "textbackslash" in commands
@@ -544,6 +547,13 @@ def test_latex_prose_is_all_comments() -> None:
     prose = [p for p in hostile("latex_raw").split("\n\n") if "begin{tabular}" not in p]
     assert prose
     assert all(line.startswith("% ") for p in prose for line in p.splitlines())
+
+
+@pytest.mark.parametrize("style", [s for s in text.FORMATS if s.startswith("latex")])
+def test_latex_has_its_own_sign_for_a_tie(style: str) -> None:
+    shown = Tables(record(at(1, "sdpa", 10.0, 11.0), at(1, "jit_flash", 11.0, 10.0)), "sdpa").render(style)
+    assert re.search(r"& +\\ensuremath\{\\approx\} 1\.00× &", shown)
+    assert not [line for line in shown.splitlines() if "≈" in line and not line.startswith("% ")]
 
 
 def test_jira_macros_links_and_images_are_escaped() -> None:
