@@ -14,7 +14,7 @@ import pandas as pd
 from attnbench import stats
 from attnbench.errors import AttnbenchError
 from attnbench.plan import BEST, DEFAULT_BASELINES, match
-from attnbench.report import text, warnings
+from attnbench.report import overview, text, warnings
 from attnbench.report.text import NONE, TIE
 from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, NPU_GRAPH, Result, speedup
 from attnbench.rows import COLUMNS, FLOAT_COLUMNS, Row, csv_text
@@ -235,7 +235,7 @@ class Tables:
         ]
 
     def render(self, style: str = "github", details: bool = True) -> str:
-        """All tables in a tabulate format, the speedups first; `csv` gives results.csv's text instead."""
+        """All tables in a tabulate format, speedups first, an overview last; `csv` gives results.csv's text instead."""
         if style == text.CSV:
             return csv_text(self.record.rows)
         parts = []
@@ -254,6 +254,7 @@ class Tables:
         if details or not compared:
             parts.append(text.heading("Details", style))
             parts.append(_without_empty_columns(DETAIL_COLUMNS, self.detail_rows, style))
+        parts += overview.parts(self._rows, self.record.device.name, self._ratio, style)  # last: a terminal shows it
         return "\n\n".join(parts)
 
     @functools.cached_property

@@ -12,7 +12,7 @@ from attnbench.text import no_formula, one_line
 
 NONE = "—"
 """What stands in a cell that has nothing to show."""
-TIE = "≈"
+TIE, FASTEST = "≈", "★"
 CSV = "csv"
 FORMATS: tuple[str, ...] = (*tabulate_formats, CSV)
 
@@ -21,7 +21,7 @@ _LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
     ord("~"): r"\textasciitilde{}",
     ord("^"): r"\textasciicircum{}",
 }
-_LATEX_SIGNS = {ord(TIE): r"\ensuremath{\approx}"}
+_LATEX_SIGNS = {ord(TIE): r"\ensuremath{\approx}", ord(FASTEST): r"\ensuremath{\star}"}
 """Those that LaTeX does not know as letters."""
 _MARKDOWN = {ord(c): f"\\{c}" for c in "\\|*`~"} | {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
 _JIRA = {ord(c): f"\\{c}" for c in "\\{}[]|!"}
