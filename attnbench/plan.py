@@ -141,7 +141,7 @@ def _baseline_entry(
     entry = _entry(name, catalogue, kind, device_reason)
     if entry.backend is None and device_reason is None:
         raise AttnbenchError(
-            f"the baseline {name} is not available: {entry.reason}", "attnbench list shows which backends are"
+            f"the baseline {name} is not available: {entry.reason}", "attnbench list shows what is available"
         )
     return entry
 

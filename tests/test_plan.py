@@ -292,6 +292,8 @@ def test_on_a_device_that_is_not_there_every_named_backend_is_unavailable(monkey
         Entry("sdpa", None, Status.UNAVAILABLE, "it runs on cpu, and this run is on cuda"),
     )
     assert chosen.info == DeviceInfo(kind="cuda", name="cuda", cores=None)
+    baseline = make(Selection(backends="sdpa", baseline="jit", device="cuda", suite="smoke"), CATALOGUE)
+    assert baseline.entries == chosen.entries, "as the baseline is, which is to blame for nothing"
 
 
 def test_on_a_device_that_is_not_there_nothing_runs_by_itself(monkeypatch):
