@@ -192,10 +192,10 @@ def plugins_check(
 
         api.require_timeout(timeout)
         catalogue = _discover(None, python, plan.files_of(plan.Selection(backends=name)))
-        names = plan.resolve_backends(name, catalogue, "plugins check")
+        kind = None if device is None else devices.choose(device).kind
+        names = plan.resolve_backends(name, catalogue, "plugins check", kind=kind)
         if len(names) > 1:
             raise AttnbenchError(f"plugins check takes one backend, not {len(names)}", "check one after the other")
-        kind = None if device is None else devices.choose(device).kind
         found = [info for info in catalogue.backends if info.name in names and kind in (None, info.device)]
         usable = [info for info in found if info.available]
         if not usable:

@@ -41,7 +41,9 @@ Python = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Baseline = Annotated[
     str | None,
-    typer.Option(help="A backend's name, or best: the fastest other one of each problem. [default: the device's]"),
+    typer.Option(
+        help="A name, a unique prefix, or best: the fastest other backend of each problem. [default: the device's]"
+    ),
 ]
 NoIsolate = Annotated[
     bool, typer.Option("--no-isolate", help="Run backends in this process, for a debugger: what crashes one ends all.")

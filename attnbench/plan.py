@@ -101,11 +101,11 @@ def make(selection: Selection, catalogue: Catalogue, suite: Suite | None = None)
     entries = _entries(selection, catalogue, device.kind, reason)
     baseline = selection.baseline
     if baseline not in (None, BEST):
-        baseline, *more = resolve_backends(baseline, catalogue, "--baseline", also=(BEST,))
+        baseline, *more = resolve_backends(baseline, catalogue, "--baseline", also=(BEST,), kind=device.kind)
         if more:
             raise AttnbenchError(f"--baseline takes one name, not {selection.baseline!r}")
         if all(entry.name != baseline for entry in entries):
-            entries = (_entry(baseline, catalogue, device.kind, reason), *entries)
+            entries = (_baseline_entry(baseline, selection, catalogue, device.kind, reason), *entries)
     if not entries:
         raise AttnbenchError(
             f"no backend is left to run on {device.kind}" + (f": {reason}" if reason else ""),
@@ -121,11 +121,29 @@ def _entries(
     if selection.backends is None:
         names = [b.name for b in catalogue.backends if b.device == kind and b.available and device_reason is None]
     else:
-        names = resolve_backends(selection.backends, catalogue)
+        names = resolve_backends(selection.backends, catalogue, kind=kind)
+    skipped = _skipped(selection, catalogue, kind)
+    return tuple(_entry(name, catalogue, kind, device_reason) for name in names if name not in skipped)
+
+
+def _skipped(selection: Selection, catalogue: Catalogue, kind: DeviceKind) -> list[str]:
     _, failed = _names(catalogue)  # leaving out what did not load is no error
     words = [word for word in split(selection.skip, "--skip") if word not in failed]
-    skipped = resolve_backends(",".join(words), catalogue, "--skip") if words else []
-    return tuple(_entry(name, catalogue, kind, device_reason) for name in names if name not in skipped)
+    return resolve_backends(",".join(words), catalogue, "--skip", kind=kind) if words else []
+
+
+def _baseline_entry(
+    name: str, selection: Selection, catalogue: Catalogue, kind: DeviceKind, device_reason: str | None
+) -> Entry:
+    """The entry of a baseline that --backends does not name: nothing could be compared with one that cannot run."""
+    if name in _skipped(selection, catalogue, kind):
+        raise AttnbenchError(f"--skip leaves the baseline {name} out", "leave out one of the two")
+    entry = _entry(name, catalogue, kind, device_reason)
+    if entry.backend is None and device_reason is None:
+        raise AttnbenchError(
+            f"the baseline {name} is not available: {entry.reason}", "attnbench list shows what is available"
+        )
+    return entry
 
 
 def _entry(name: str, catalogue: Catalogue, kind: DeviceKind, device_reason: str | None) -> Entry:
@@ -141,22 +159,27 @@ def _entry(name: str, catalogue: Catalogue, kind: DeviceKind, device_reason: str
 
 
 def resolve_backends(
-    text: str, catalogue: Catalogue, option: str = "--backends", also: Sequence[str] = ()
+    text: str,
+    catalogue: Catalogue,
+    option: str = "--backends",
+    also: Sequence[str] = (),
+    kind: DeviceKind | None = None,
 ) -> list[str]:
     """Backend names from a comma list of exact names, unique prefixes or `file.py:name`, each once, in the order given.
 
-    `also` is what else the option takes, for hints. Raises AttnbenchError: for a plugin that failed to load with exit
-    code 4, for a miss with the closest name.
+    A prefix of backends of the device `kind` is none of others'. `also` is what else the option takes, for hints.
+    Raises AttnbenchError: for a plugin that failed to load with exit code 4, for a miss with the closest name.
     """
     known, failed = _names(catalogue)
     files: dict[EntryPointRef | None, PluginInfo] = {p.source: p for p in catalogue.plugins if p.source.file}
+    here = [*(b.name for b in catalogue.backends if kind in (None, b.device)), *failed]  # those may be of any device
     names: list[str] = []
     for word in split(text, option):
         if plugin := files.get(EntryPointRef.of_file(word)):  # discovery was told of it
             _require_loaded(plugin, None)
             names += plugin.backends
             continue
-        name = _match(word, [*known, *failed], "backend", also)
+        name = match(word, [*known, *failed], here, also)
         if name in failed:
             _require_loaded(failed[name], "attnbench plugins shows its traceback")
         names.append(name)
@@ -184,16 +207,23 @@ def _require_loaded(plugin: PluginInfo, hint: str | None) -> None:
         raise AttnbenchError(what, hint, ExitCode.PLUGIN_FAILED)
 
 
-def _match(word: str, known: Sequence[str], what: str, also: Sequence[str] = ()) -> str:
+def match(
+    word: str, known: Sequence[str], first: Collection[str] = (), also: Sequence[str] = (), miss: str | None = None
+) -> str:
+    """The one of `known` that `word` is or begins; where it begins any of `first`, the one of these.
+
+    Raises AttnbenchError: for several, and for none, in the words of `miss`, with the closest of `known` and `also`.
+    """
     if word in known:
         return word
     starts = sorted(name for name in known if name.startswith(word))
+    starts = [name for name in starts if name in first] or starts
     if len(starts) == 1:
         return starts[0]
     if starts:
-        raise AttnbenchError(f"{what} {word!r} could be {', '.join(starts)}", "write more of its name")
+        raise AttnbenchError(f"backend {word!r} could be {', '.join(starts)}", "write more of its name")
     hint = f"a backend in a file is {word}:NAME" if word.endswith(".py") else closest(word, [*known, *also])
-    raise AttnbenchError(f"no {what} is called {word!r}", hint)
+    raise AttnbenchError(miss or f"no backend is called {word!r}", hint)
 
 
 def closest(word: str, known: Collection[str]) -> str:

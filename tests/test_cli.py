@@ -145,6 +145,12 @@ BAD = {
     "far backend": (["--backends", "zzz"], "no backend is called 'zzz'", "there are cudnn_frontend, flash_attn, "),
     "empty backend": (["--backends", "sdpa,,gemm_ref"], "--backends has an empty name", "single commas"),
     "unknown baseline": (["--baseline", "spda"], "no backend is called 'spda'", "did you mean sdpa?"),
+    "baseline of elsewhere": (
+        ["--baseline", "npu_fused"],
+        "the baseline npu_fused_attention is not available: it runs on npu, and this run is on cpu",
+        "attnbench list",
+    ),
+    "skipped baseline": (["--baseline", "sdpa", "--skip", "sdpa"], "--skip leaves the baseline sdpa out", "of the two"),
     "unknown skip": (["--skip", "spda"], "no backend is called 'spda'", "did you mean sdpa?"),
     "unknown suite": (["--suite", "smokey"], "no suite is called 'smokey'", "did you mean smoke?"),
     "suite file": (["--suite", "none.toml"], "cannot read suite none.toml", None),

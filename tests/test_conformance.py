@@ -519,6 +519,14 @@ def test_plugins_check_of_what_is_not_available_says_why(mine: Path) -> None:
     assert answer.problem == "error: mine cannot be checked here: on cpu: it needs a moon"
 
 
+def test_plugins_check_takes_a_prefix_of_one_backend_of_the_device() -> None:
+    answer = attnbench("plugins", "check", "flash_attn_", "--device", "npu")
+    assert answer.code == 3
+    assert answer.problem.startswith("error: flash_attn_npu cannot be checked here: on npu: ")
+    ambiguous = "error: backend 'flash_attn_' could be flash_attn_3, flash_attn_4, flash_attn_npu"
+    assert attnbench("plugins", "check", "flash_attn_").problem == ambiguous
+
+
 # A backend from a file
 
 

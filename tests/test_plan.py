@@ -87,6 +87,26 @@ def test_an_ambiguous_prefix_names_what_it_could_be():
     assert error.exit_code == 2
 
 
+def test_a_prefix_of_one_backend_of_the_device_is_unique_whatever_others_have():
+    flashes = (backend("flash_a", "cuda"), backend("flash_b", "cuda"), backend("flash_c"))
+    catalogue = dataclasses.replace(CATALOGUE, backends=(*flashes, SDPA))
+    assert resolve_backends("fla,flash_a", catalogue, kind="cpu") == ["flash_c", "flash_a"]
+    assert error_of(lambda: resolve_backends("fla", catalogue)).message == (
+        "backend 'fla' could be flash_a, flash_b, flash_c"
+    )
+    assert error_of(lambda: resolve_backends("fla", catalogue, kind="cuda")).message == (
+        "backend 'fla' could be flash_a, flash_b"
+    )
+    assert resolve_backends("sd", dataclasses.replace(catalogue, plugins=()), kind="cuda") == ["sdpa"]
+    assert error_of(lambda: resolve_backends("s", catalogue, kind="cpu")).message == (
+        "backend 's' could be sdk_attention, sdpa"
+    ), "of which device a plugin is that failed to load nobody knows"
+    smoke = Selection(device="cpu", suite="smoke")
+    assert names(make(dataclasses.replace(smoke, backends="fla"), catalogue)) == ["flash_c"]
+    assert names(make(dataclasses.replace(smoke, backends="sdpa", baseline="fla"), catalogue)) == ["flash_c", "sdpa"]
+    assert names(make(dataclasses.replace(smoke, skip="fla"), catalogue)) == ["sdpa"]
+
+
 @pytest.mark.parametrize(
     ("word", "nearest"), [("sdap", "sdpa"), ("gem_ref", "gemm_ref"), ("npu_fuzed", "npu_fused_attention")]
 )
@@ -194,12 +214,32 @@ def test_best_is_a_baseline_and_adds_nothing():
         ("exotic", 4, "plugin exotic"),
         ("", 2, "--baseline has an empty name in ''"),
         ("sdpa,gemm_ref", 2, "--baseline takes one name, not 'sdpa,gemm_ref'"),
+        ("old", 2, "the baseline old_kernel is not available: needs AVX-512"),
+        (
+            "npu_fused",
+            2,
+            f"npu_fused_attention is not available: it runs on npu, and this run is on cpu (on npu: {NO_TORCH_NPU}",
+        ),
     ],
 )
 def test_a_baseline_that_is_none_is_told(baseline, code, words):
     error = error_of(lambda: made(baseline=baseline))
     assert words in error.message
     assert error.exit_code == code
+
+
+def test_a_baseline_that_is_skipped_is_told():
+    error = error_of(lambda: made(baseline="sdpa", skip="sdp"))
+    assert (error.message, error.hint) == ("--skip leaves the baseline sdpa out", "leave out one of the two")
+    assert error.exit_code == 2
+
+
+def test_a_baseline_that_is_not_available_has_its_rows_where_it_is_among_the_backends():
+    chosen = made(backends="sdpa,old_kernel", baseline="old_kernel")
+    assert [(entry.name, entry.status) for entry in chosen.entries] == [
+        ("sdpa", None),
+        ("old_kernel", Status.UNAVAILABLE),
+    ]
 
 
 def test_a_misspelt_best_is_found():
@@ -254,6 +294,8 @@ def test_on_a_device_that_is_not_there_every_named_backend_is_unavailable(monkey
         Entry("sdpa", None, Status.UNAVAILABLE, "it runs on cpu, and this run is on cuda"),
     )
     assert chosen.info == DeviceInfo(kind="cuda", name="cuda", cores=None)
+    baseline = make(Selection(backends="sdpa", baseline="jit", device="cuda", suite="smoke"), CATALOGUE)
+    assert baseline.entries == chosen.entries, "as the baseline is, which is to blame for nothing"
 
 
 def test_on_a_device_that_is_not_there_nothing_runs_by_itself(monkeypatch):

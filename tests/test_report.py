@@ -241,8 +241,19 @@ def test_best_is_the_fastest_other_of_each_problem() -> None:
 def test_a_baseline_that_is_not_there_is_refused() -> None:
     with pytest.raises(AttnbenchError) as caught:
         Tables(record(at(1, "a", 1.0), at(1, "b", 1.0)), "sdpa")
-    assert (caught.value.message, caught.value.hint) == ("the baseline 'sdpa' is not in a-run", "there are a, b")
+    assert (caught.value.message, caught.value.hint) == ("the baseline 'sdpa' is not in a-run", "there are a, b, best")
     assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_a_baseline_is_named_by_a_unique_prefix_too() -> None:
+    found = record(*(at(1, kernel, 1.0) for kernel in ("flash", "flash_attn", "flex")))
+    chosen = [Tables(found, word).baseline for word in ("flash", "flash_", "fle", "best")]
+    assert chosen == ["flash", "flash_attn", "flex", "best"]
+    with pytest.raises(AttnbenchError, match="backend 'fl' could be flash, flash_attn, flex"):
+        Tables(found, "fl")
+    with pytest.raises(AttnbenchError) as caught:
+        Tables(found, "flsh")
+    assert caught.value.hint == "did you mean flash?"
 
 
 def test_a_baseline_that_failed_leaves_the_contenders_times() -> None:
@@ -381,6 +392,9 @@ def test_a_speedup_whose_interval_includes_1_is_a_tie(contender: tuple[float, ..
     assert ratio.value == pytest.approx(base["time_us"] / row["time_us"]), "the ratio of the times that are printed"
     details = dict(zip(DETAIL_COLUMNS, tables.detail_rows[1]))
     assert details["verdict"] == verdict
+    tie = verdict == "tie"
+    assert tables.comparisons[0].cells[0][4] == ("≈ " if tie else "") + f"{value:.2f}×"
+    assert (" ≈ marks a tie: no difference that could be told from noise. " in tables.captions[0]) is tie
     assert details["95% interval of it"] == f"{value * math.exp(-half):.2f} to {value * math.exp(half):.2f}"
     assert dict(zip(DETAIL_COLUMNS, tables.detail_rows[0]))["vs baseline"] == "—", "the baseline is not its own rival"
 
@@ -501,11 +515,14 @@ def test_markdown_keeps_its_columns_and_shows_text_as_it_is() -> None:
     assert [{len(cells) for cells in table} for table in grid(shown)] == [
         *[{7}] * len(HOSTILE),
         {len(SHOWN)},
+        {2},
     ]
-    assert grid(shown)[-1][0] == SHOWN
-    reasons = [re.sub(r"\\(.)", r"\1", html.unescape(cells[-1])) for cells in grid(shown)[-1][2 : 2 + len(HOSTILE)]]
+    details, overview = grid(shown)[-2:]
+    assert details[0] == SHOWN
+    reasons = [re.sub(r"\\(.)", r"\1", html.unescape(cells[-1])) for cells in details[2 : 2 + len(HOSTILE)]]
+    names = [re.sub(r"\\(.)", r"\1", html.unescape(cells[0])) for cells in overview[-len(HOSTILE) :]]
     expected = [one_line(words) for words in HOSTILE]
-    assert reasons == expected
+    assert reasons == names == expected
 
 
 @pytest.mark.parametrize("style", ["html", "unsafehtml"])
@@ -522,7 +539,7 @@ def test_latex_has_no_command_but_the_tables_own(style: str) -> None:
     shown = "\n".join(line for line in hostile(style).splitlines() if not line.startswith("%"))
     own = {"begin", "end", "hline", "toprule", "midrule", "bottomrule", "endhead", "textbackslash", "ensuremath"}
     commands = set(re.findall(r"\\([A-Za-z]+)", shown))
-    assert commands <= own | {"textasciitilde", "textasciicircum"}
+    assert commands <= own | {"textasciitilde", "textasciicircum", "approx", "star"}
     assert "textbackslash" in commands
     assert not re.search(r"(?<!\\)[$#_%^~]", shown)
     # {T}} and the like would close what they did not open.
@@ -535,14 +552,23 @@ def test_latex_prose_is_all_comments() -> None:
     assert all(line.startswith("% ") for p in prose for line in p.splitlines())
 
 
+@pytest.mark.parametrize("style", [s for s in text.FORMATS if s.startswith("latex")])
+def test_latex_has_its_own_sign_for_a_tie(style: str) -> None:
+    shown = Tables(record(at(1, "sdpa", 10.0, 11.0), at(1, "jit_flash", 11.0, 10.0)), "sdpa").render(style)
+    assert re.search(r"& +\\ensuremath\{\\approx\} 1\.00× &", shown)
+    assert not [line for line in shown.splitlines() if "≈" in line and not line.startswith("% ")]
+
+
 def test_jira_macros_links_and_images_are_escaped() -> None:
     shown = hostile("jira")
     assert "\\{html\\}" in shown
     cells = re.sub(r"\\.", "", shown)
     assert not re.search(r"[\[\]{}!]", cells)
-    for line in cells.splitlines():
+    before, overview = cells.split("Overview")
+    for line in before.splitlines():
         if line.startswith("| "):
             assert line.count("|") == 1 + (7 if line.count("|") < 10 else len(SHOWN))
+    assert {line.count("|") for line in overview.splitlines() if line.startswith("| ")} == {1 + 2}
 
 
 def test_mediawiki_templates_links_and_tags_are_escaped() -> None:

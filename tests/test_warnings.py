@@ -54,10 +54,10 @@ def test_a_wide_interval_is_noisy_and_the_widest_is_named() -> None:
 @pytest.mark.parametrize(
     ("protocol", "advice"),
     [
-        ({"name": "adaptive", "budget_s": 20.0}, "--budget 60"),
-        ({"name": "adaptive", "budget_s": 120.0}, "--budget 240"),
-        ({"name": "fixed", "budget_s": 120.0}, "--budget 60"),
-        (None, "--budget 60"),
+        ({"name": "adaptive", "budget_s": 20.0}, " or try --budget 60"),
+        ({"name": "adaptive", "budget_s": 120.0}, " or try --budget 240"),
+        ({"name": "fixed", "budget_s": 120.0}, " or try --protocol adaptive --budget 60"),
+        (None, " or try --protocol adaptive --budget 60"),
     ],
 )
 def test_a_noisy_run_is_told_to_take_more_time_than_it_had(protocol: object, advice: str) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from attnbench import stats
 from attnbench.report import text
-from attnbench.report.tables import NONE, Tables
+from attnbench.report.tables import Tables
+from attnbench.report.text import NONE
 from attnbench.rows import Row
 
 COLUMNS = ("case", "kernel", "before", "now", "vs baseline before", "now", "change", "verdict")

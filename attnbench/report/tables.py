@@ -13,13 +13,13 @@ import pandas as pd
 
 from attnbench import stats
 from attnbench.errors import AttnbenchError
-from attnbench.plan import BEST, DEFAULT_BASELINES
-from attnbench.report import text, warnings
+from attnbench.plan import BEST, DEFAULT_BASELINES, match
+from attnbench.report import overview, text, warnings
+from attnbench.report.text import NONE, TIE
 from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, NPU_GRAPH, Result, speedup
 from attnbench.rows import COLUMNS, FLOAT_COLUMNS, Row, csv_text
 from attnbench.store import Record
 
-NONE = "—"
 LEVELS = f"verdicts at {stats.VERDICT_LEVEL:.0%}, intervals shown at {stats.SHOWN_LEVEL:.0%}"
 SHORT_NAMES = {"npu_fused_attention": "Fused", "jit_flash": "JIT"}
 """How the published table names its two columns; every other backend goes by its own name."""
@@ -73,7 +73,7 @@ class Comparison:
                 str(row["sk"]),
                 _number(base and base["time_us"], 3),
                 _number(row["time_us"], 3),
-                NONE if ratio is None else f"{ratio.value:.2f}×",
+                NONE if ratio is None else f"{f'{TIE} ' if ratio.verdict == 'tie' else ''}{ratio.value:.2f}×",
                 _number(row["tflops"], 2),
                 _number(row["normalized_tflops"], 2),
             ]
@@ -141,11 +141,8 @@ class Tables:
         if asked is None and own in (BEST, *self._kernels):
             return str(own)
         if asked is not None:
-            if asked != BEST and asked not in self._kernels:
-                raise AttnbenchError(
-                    f"the baseline {asked!r} is not in {self.record.source}", f"there are {', '.join(self._kernels)}"
-                )
-            return asked
+            miss = f"the baseline {asked!r} is not in {self.record.source}"
+            return asked if asked == BEST else match(asked, self._kernels, also=(BEST,), miss=miss)
         if len(self._kernels) < 2:
             return None
         preferred = (DEFAULT_BASELINES[self.record.device.kind], *FALLBACK_BASELINES)
@@ -238,7 +235,7 @@ class Tables:
         ]
 
     def render(self, style: str = "github", details: bool = True) -> str:
-        """All tables in a tabulate format, the speedups first; `csv` gives results.csv's text instead."""
+        """All tables in a tabulate format, speedups first, an overview last; `csv` gives results.csv's text instead."""
         if style == text.CSV:
             return csv_text(self.record.rows)
         parts = []
@@ -257,6 +254,7 @@ class Tables:
         if details or not compared:
             parts.append(text.heading("Details", style))
             parts.append(_without_empty_columns(DETAIL_COLUMNS, self.detail_rows, style))
+        parts += overview.parts(self._rows, self.record.device.name, self._ratio, style)  # last: a terminal shows it
         return "\n\n".join(parts)
 
     @functools.cached_property
@@ -274,12 +272,19 @@ class Tables:
         cores, name = self.record.device.cores, self.record.device.name
         projection = f"{cores} cores of {name}" if cores else f"cores of {name} (not known)"
         return [
-            f"Times: {_method(timed)}. Speedup is the baseline's time over the contender's.{self._about_blocks}",
+            f"Times: {_method(timed)}. Speedup is the baseline's time over the contender's.{self._about_ties}"
+            f"{self._about_blocks}",
             "TFLOP/s counts 2·sq·sk·(d+e) for the two GEMMs, sq·sk for the scale and sq·(5·sk−2) for the softmax; "
             "masked pairs do not count.",
             f"Normalized TFLOP/s = TFLOP/s · ({projection}) / cores the problem occupies: a projection, not a "
             "measurement. % of peak in the details is measured: GEMM TFLOP/s over the device's peak.",
         ]
+
+    @property
+    def _about_ties(self) -> str:
+        """What their sign says; empty where it does not stand in any table."""
+        ties = any(r is not None and r.verdict == "tie" for comparison in self.comparisons for r in comparison.ratios)
+        return f" {TIE} marks a tie: no difference that could be told from noise." if ties else ""
 
     @property
     def _about_blocks(self) -> str:

@@ -10,6 +10,9 @@ from tabulate import tabulate, tabulate_formats
 
 from attnbench.text import no_formula, one_line
 
+NONE = "—"
+"""What stands in a cell that has nothing to show."""
+TIE, FASTEST = "≈", "★"
 CSV = "csv"
 FORMATS: tuple[str, ...] = (*tabulate_formats, CSV)
 
@@ -18,6 +21,8 @@ _LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {
     ord("~"): r"\textasciitilde{}",
     ord("^"): r"\textasciicircum{}",
 }
+_LATEX_SIGNS = {ord(TIE): r"\ensuremath{\approx}", ord(FASTEST): r"\ensuremath{\star}"}
+"""Those that LaTeX does not know as letters."""
 _MARKDOWN = {ord(c): f"\\{c}" for c in "\\|*`~"} | {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
 _JIRA = {ord(c): f"\\{c}" for c in "\\{}[]|!"}
 _MEDIAWIKI = {ord(c): f"&#{ord(c)};" for c in "{}[]|'~"}
@@ -93,12 +98,11 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], style: str, lef
         clean: Callable[[str], str] = one_line
     else:
         clean = lambda text: escape(text, style)  # noqa: E731
-    return str(
-        tabulate(
-            [[clean(cell) for cell in row] for row in rows],
-            headers=[clean(name) for name in headers],
-            tablefmt=style,
-            disable_numparse=True,
-            colalign=["left" if name in left else "right" for name in headers] if rows else None,
-        )
+    shown = tabulate(
+        [[clean(cell) for cell in row] for row in rows],
+        headers=[clean(name) for name in headers],
+        tablefmt=style,
+        disable_numparse=True,
+        colalign=["left" if name in left else "right" for name in headers] if rows else None,
     )
+    return shown.translate(_LATEX_SIGNS) if style.startswith("latex") else str(shown)

@@ -29,14 +29,17 @@ class Noisy:
     worst: float
     kernel: str
     case: str
+    adaptive: bool
+    """Whether the run had a budget already."""
     budget_s: float
     """What to try next."""
 
     def __str__(self) -> str:
+        protocol = "" if self.adaptive else "--protocol adaptive "
         more = f", and {self.count - 1} more are wider than ±{NOISY_SHARE:.0%}" if self.count > 1 else ""
         return (
             f"noisy: {self.kernel} on {self.case} is known to ±{share(self.worst, 0)} only{more}: "
-            f"close other programs or try --protocol adaptive --budget {self.budget_s:g}"
+            f"close other programs or try {protocol}--budget {self.budget_s:g}"
         )
 
 
@@ -136,7 +139,7 @@ def of(record: Record) -> list[Warning]:
     timed = [row for row in record.rows if row["time_us"] is not None]
     return [
         *_throttled_or_disturbed(_conditions(record)),
-        *_noisy(timed, _next_budget_s(record.header)),
+        *_noisy(timed, *_next_budget(record.header)),
         *_one_block(timed),
         *_launch_bound(timed),
         *_host_bound(timed),
@@ -168,21 +171,23 @@ def _throttled_or_disturbed(conditions: Sequence[Conditions]) -> Iterator[Warnin
         yield Disturbed(dropped, kept, sum(c.rounds + c.rounds_dropped for c in conditions), tuple(causes))
 
 
-def _next_budget_s(header: Mapping[str, Any]) -> float:
-    """Twice what an adaptive run had, and no less than is worth a second try."""
+def _next_budget(header: Mapping[str, Any]) -> tuple[bool, float]:
+    """Whether the run was adaptive, and twice the seconds that it had then: no fewer than are worth a second try."""
     protocol = header.get("protocol")
-    had = protocol.get("budget_s") if isinstance(protocol, dict) and protocol.get("name") == "adaptive" else None
-    return max(NEXT_BUDGET_S, 2 * had) if isinstance(had, (int, float)) else NEXT_BUDGET_S
+    known = protocol if isinstance(protocol, dict) else {}
+    adaptive = known.get("name") == "adaptive"
+    had = known.get("budget_s") if adaptive else None
+    return adaptive, max(NEXT_BUDGET_S, 2 * had) if isinstance(had, (int, float)) else NEXT_BUDGET_S
 
 
-def _noisy(rows: Sequence[Row], budget_s: float) -> Iterator[Warning]:
+def _noisy(rows: Sequence[Row], adaptive: bool, budget_s: float) -> Iterator[Warning]:
     widths = [
         ((row["ci95_high_us"] / row["ci95_low_us"]) ** 0.5 - 1, row["kernel"], row["case_id"])
         for row in rows
         if row["ci95_low_us"] is not None and row["ci95_high_us"] is not None
     ]
     if wide := [item for item in widths if item[0] > NOISY_SHARE]:
-        yield Noisy(len(wide), *max(wide), budget_s)
+        yield Noisy(len(wide), *max(wide), adaptive, budget_s)
 
 
 def _one_block(rows: Sequence[Row]) -> Iterator[Warning]:
