@@ -15,7 +15,7 @@ from attnbench import stats
 from attnbench.errors import AttnbenchError
 from attnbench.plan import BEST, DEFAULT_BASELINES, match
 from attnbench.report import overview, text, warnings
-from attnbench.report.text import NONE, TIE
+from attnbench.report.text import NONE
 from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, NPU_GRAPH, Result, speedup
 from attnbench.rows import COLUMNS, FLOAT_COLUMNS, Row, csv_text
 from attnbench.store import Record
@@ -73,7 +73,7 @@ class Comparison:
                 str(row["sk"]),
                 _number(base and base["time_us"], 3),
                 _number(row["time_us"], 3),
-                NONE if ratio is None else f"{f'{TIE} ' if ratio.verdict == 'tie' else ''}{ratio.value:.2f}×",
+                NONE if ratio is None else f"{ratio.value:.2f}×",
                 _number(row["tflops"], 2),
                 _number(row["normalized_tflops"], 2),
             ]
@@ -272,19 +272,12 @@ class Tables:
         cores, name = self.record.device.cores, self.record.device.name
         projection = f"{cores} cores of {name}" if cores else f"cores of {name} (not known)"
         return [
-            f"Times: {_method(timed)}. Speedup is the baseline's time over the contender's.{self._about_ties}"
-            f"{self._about_blocks}",
+            f"Times: {_method(timed)}. Speedup is the baseline's time over the contender's.{self._about_blocks}",
             "TFLOP/s counts 2·sq·sk·(d+e) for the two GEMMs, sq·sk for the scale and sq·(5·sk−2) for the softmax; "
             "masked pairs do not count.",
             f"Normalized TFLOP/s = TFLOP/s · ({projection}) / cores the problem occupies: a projection, not a "
             "measurement. % of peak in the details is measured: GEMM TFLOP/s over the device's peak.",
         ]
-
-    @property
-    def _about_ties(self) -> str:
-        """What their sign says; empty where it does not stand in any table."""
-        ties = any(r is not None and r.verdict == "tie" for comparison in self.comparisons for r in comparison.ratios)
-        return f" {TIE} marks a tie: no difference that could be told from noise." if ties else ""
 
     @property
     def _about_blocks(self) -> str:
