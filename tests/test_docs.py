@@ -202,11 +202,10 @@ def test_what_has_no_committed_run_says_what_was_read_and_where_checks_are_told_
     rows = {key: row["verified"] for key, row in backend_rows(0).items()}
     pinned = re.search(r"^torch==(.+)$", text(ROOT / "constraints.txt"), re.MULTILINE)
     assert pinned is not None
-    assert rows["sdpa", "cuda"] == f"no committed run; read: torch {pinned[1]}"
-    for name, page in (("jax_pallas", "jax"), ("sageattention", "sageattention"), ("tilelang_flash", "triton_flash")):
-        link = f"[what was checked on an H100](kernels/{page}.md#what-was-checked-on-an-h100)"
-        assert rows[name, "cuda"].startswith("no committed run; read: ")
-        assert rows[name, "cuda"].endswith(f"; {link}")
+    assert rows["gemm_ref", "npu"] == f"no committed run; read: torch {pinned[1]}"
+    link = "[what was checked on an H100](kernels/flash_attn.md#what-was-checked-on-an-h100)"
+    assert rows["flash_attn", "cuda"].startswith("no committed run; read: ")
+    assert rows["flash_attn", "cuda"].endswith(f"; {link}")
     assert "H100" not in rows["triton_flash", "npu"], "its page tells of a GPU"
     assert rows["pto_demo_flash", "npu"] == "no committed run"
     assert backend_rows(0)["pto_demo_flash", "npu"]["library"] == "the user's PTO library"
@@ -247,6 +246,7 @@ def test_every_extra_that_installs_a_backends_library_stands_beside_it() -> None
 
 def test_a_failure_of_a_committed_run_is_told_on_the_page_of_its_backend() -> None:
     listing = subprocess.run(("git", "ls-files", "reports"), cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = backend_rows(0)
     failed = 0
     for name in listing.stdout.splitlines():
         for line in text(ROOT / name).splitlines() if name.endswith("results.jsonl") else ():
@@ -254,7 +254,9 @@ def test_a_failure_of_a_committed_run_is_told_on_the_page_of_its_backend() -> No
             if result["status"] in ("PASSED", "UNSUPPORTED"):
                 continue
             failed += 1
-            told = " ".join(text(DOCS / "kernels" / f"{result['backend']}.md").split())
+            page = re.search(r"\((kernels/\w+\.md)\)", rows[result["backend"], result["device"]]["backend"])
+            assert page is not None
+            told = " ".join(text(DOCS / page[1]).split())
             assert f"`{Path(name).parent}`" in told
             assert result["status"] in told
             for number in re.findall(r"\d\.\d+e-\d+", result["reason"]):
