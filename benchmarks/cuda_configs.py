@@ -30,7 +30,7 @@ from cpu_bounds import Table
 
 from attnbench.problem import PTO, Problem, cross
 from attnbench.stats import geometric_mean
-from attnbench_plugins.jit_flash.cuda_config import Config, configs, predicted_us, units
+from attnbench_plugins.jit_flash.cuda_config import Config, choose, configs, predicted_us, units
 
 DATA = Path(__file__).with_name("h100_configs.csv")
 CASE_FIELDS = ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "causal")
@@ -108,6 +108,9 @@ def tables(times: Times, clusters: Mapping[int, int]) -> Iterator[Table]:
     table = Table("Problem", "Fastest", "µs", "Chosen", "µs", "Slower by")
     slower, errors = [], []
     for case, every in times.items():
+        if choose(case, clusters) not in every:
+            table.add(case.case_id, "", "", _words(choose(case, clusters)), "not timed", "")
+            continue
         by_config = {config: time_us for config, time_us in every.items() if config in set(configs(case, clusters))}
         errors += [math.log(predicted_us(case, config, clusters) / time_us) for config, time_us in by_config.items()]
         fastest = min(by_config, key=by_config.__getitem__)

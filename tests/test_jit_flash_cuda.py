@@ -110,6 +110,15 @@ def test_blocks_take_tiles_only_where_each_has_keys() -> None:
         assert choose(dataclasses.replace(case, seqlen_k=8192), H100).persistent
 
 
+def test_many_heads_that_are_large_have_whole_tiles_too() -> None:
+    """Where there is no room for the next tile's queries, a block does not go on to it."""
+    for dims, causal in itertools.product(((192, 128), (256, 256), (256, 192), (256, 128)), (False, True)):
+        case = problem(4096, 4096, batch=4, heads_q=16, head_dim=dims[0], head_dim_v=dims[1], causal=causal)
+        config = choose(case, H100)
+        assert (config.rows, config.parts, config.shared_rows) == (128, 1, 1)
+        assert config.persistent == (dims == (256, 128))
+
+
 def test_what_a_tile_sees_is_looked_at_in_few_of_many_tiles() -> None:
     case = problem(1 << 20, 1 << 20, causal=True)
     found = cuda_config._key_blocks(case, Config(128, 128, 2))
@@ -379,6 +388,20 @@ def test_blocks_that_take_tiles_count_them(driver: FakeDriver, monkeypatch: pyte
     driver.launches.clear()
     small = launched(driver, problem(2048, 2048), Config(128, 160, 2, persistent=True))
     assert small.grid == [16, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("case", "config", "why"),
+    [
+        (problem(65, 64, heads_q=200, causal=True), Config(128, 128, 2, persistent=True), "a tile may see no key"),
+        (problem(65, 64, heads_q=200, window=3), Config(128, 128, 2, persistent=True), "a tile may see no key"),
+        (problem(64, 640), Config(64, 64, 4, parts=2, persistent=True), "share a tile"),
+        (problem(64, 640), Config(64, 64, 4, shared_rows=2, persistent=True), "share a tile"),
+    ],
+)
+def test_what_would_wait_for_ever_is_refused(driver: FakeDriver, case: Problem, config: Config, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        launched(driver, case, config)
 
 
 def test_what_blocks_meet_in_lives_as_long_as_the_output(driver: FakeDriver) -> None:

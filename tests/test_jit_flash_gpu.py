@@ -165,6 +165,31 @@ def configurations():
 
 
 @part
+def tiles_in_turn():
+    """Blocks go on to tiles of one key block or two, with windows, of several heads, with queries held either way."""
+    if STRIDED:
+        return []
+    kept, read, few = (Config(*sizes, persistent=True) for sizes in ((128, 128, 2), (128, 160, 2), (64, 64, 4)))
+    many = {"batch": 8, "heads_q": 40}
+    found = faults([
+        *((problem(128, 128, causal=True, **many), kept), (problem(300, 300, causal=True, **many), kept)),
+        *((problem(300, 100, **many), config) for config in (kept, read)),
+        *((problem(700, 1500, causal=True, window=window, **many), kept) for window in (1, 200)),
+        (problem(700, 1500, window=200, **many), kept),
+        (problem(1, 300, batch=64, heads_q=32, heads_kv=8), few),
+        (problem(5, 300, batch=64, heads_q=32, heads_kv=8, causal=True), few),
+    ])
+    for config in (kept, read):
+        case = problem(512, 1000, heads_q=50)
+        q, k, v = inputs(case)
+        q[0, 3, 7, 5] = math.nan
+        rows = prepared(case, q, k, v, config=config)().isnan().all(-1)
+        if rows.nonzero().tolist() != [[0, 3, 7]]:
+            found.append(f"{config}: NaN")
+    return found
+
+
+@part
 def layouts():
     found = []
     case = problem(130, 300, heads_q=4, heads_kv=2, batch=3)
@@ -430,7 +455,18 @@ print(json.dumps(results))
 '''
 
 PARTS = (
-    *("lengths", "masks", "head_dims", "grouped_heads", "configurations", "layouts", "extremes", "bits", "streams"),
+    *(
+        "lengths",
+        "masks",
+        "head_dims",
+        "grouped_heads",
+        "configurations",
+        "tiles_in_turn",
+        "layouts",
+        "extremes",
+        "bits",
+    ),
+    "streams",
     *("in_flight", "threads", "graphs", "large", "odd_layouts", "huge", "refused"),
 )
 

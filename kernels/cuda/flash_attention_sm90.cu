@@ -3,7 +3,7 @@
 // A tile is up to ROWS rows of one key head (queries of PACK query heads that share it, a query's heads next to each
 // other) and DV columns of V. PARTS blocks work on it, each on a share of the key blocks that the tile sees:
 //
-//     producer        Q K0 V0 K1 V1 K2 V2 …        one thread: TMA into a ring of STAGES, as far as the ring is free
+//     producer        Q K0 V0 K1 K2 V1 K3 V2 …     one thread: TMA into a ring of STAGES, as far as the ring is free
 //     consumer 0      QK0 · softmax0 · [QK1 PV0] · softmax1 · [QK2 PV1] · softmax2 …
 //     consumer 1      the same on 64 rows more, where ROWS is 128; or, where SHARED_ROWS is 2, on every other key block
 //                     of the same rows, and consumer 0 takes over what came of it
@@ -11,8 +11,8 @@
 // […] are issued together: the tensor cores work on PV of one block and QK of the next while the softmax of the latter
 // waits for its scores alone. Then, where PARTS is 1:
 //
-//     consumers       write their rows from registers; where PERSISTENT, that is while the first scores of the next tile are
-//                     computed, […] having QK of the next and PV of this tile at its end
+//     consumers       write their rows from registers; where PERSISTENT, the last […] of a tile has QK of the next one, and
+//                     its rows are written after the softmax of that
 //
 // and where a tile has several parts:
 //
@@ -72,8 +72,9 @@ constexpr int THREADS = CONSUMER_THREADS + WARPGROUP;
 constexpr int QUERIES = ROWS / PACK;  // of a tile
 constexpr int BOX_COLUMNS = 64;       // of 2 bytes: the 128 bytes of a swizzled row
 constexpr int BOX_ROW_BYTES = 128;
-constexpr int MANY_REGISTERS = KEYS / 2 + KEYS / 4 + DV / 2 + D / 4;  // of scores, weights, output and queries
-constexpr bool Q_IN_REGISTERS = PERSISTENT && MANY_REGISTERS <= 192;
+// Registers of a thread: it has 232, of which all else takes up to 40.
+constexpr int LARGE_ARRAYS = KEYS / 2 + KEYS / 4 + DV / 2 + D / 4;  // scores, weights, output and queries
+constexpr bool Q_IN_REGISTERS = PERSISTENT && LARGE_ARRAYS <= 192 && KEYS != 160;
 constexpr int Q_BUFFERS = PERSISTENT && !Q_IN_REGISTERS ? 2 : 1;
 constexpr u32 Q_BUFFER_BYTES = ROWS * D * 2, Q_BYTES = Q_BUFFERS * Q_BUFFER_BYTES;
 constexpr u32 K_BYTES = KEYS * D * 2, V_BYTES = KEYS * DV * 2;
@@ -332,7 +333,8 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Keeps the compiler from reading accumulators before the products that are waited for, which it would serialise then.
+// Keeps the compiler from reading accumulators before the products that are waited for, which it would serialise then. The
+// main loop does without: stay_behind and the wait are volatile, and all that reads o comes after them.
 template <int N>
 __device__ __forceinline__ void settle(float (&d)[N]) {
 #pragma unroll

@@ -48,7 +48,7 @@ normal inputs give what they should (docs/kernels/cuda.md says what is too large
 LOG2_E = 1.4426950408889634
 CAUSAL_WAVE = 4
 """Heads whose tiles are dealt out together, longest first: 1 and 2 were up to 3% slower, 8 up to 8% (64 and 16 heads of
-4096 and 16384 queries)."""
+4096 and 16384 queries), by blocks of one tile each."""
 
 
 class Divisor(ctypes.Structure):
@@ -268,6 +268,8 @@ def _launch(
     for tensor in (k, v):
         box = (1, 1, config.keys, 64)
         maps.append(tensor_map(tensor.data_ptr(), tensor.shape, _strides(tensor), box, bf16=bf16))
+    if config.persistent and (reason := config.cannot_go_on(problem)):  # it would wait for ever
+        raise ValueError(f"{config}: {reason}")
     params = Params(**_fields(problem, config.rows, out, lse), head_dim_v=problem.head_dim_v)
     shared_bytes = config.shared_bytes(problem.head_dim, problem.head_dim_v)
     if shared_bytes is None:

@@ -22,6 +22,8 @@ CLUSTERS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 15, 16)
 """Blocks of a cluster: the sizes that were timed. More than 8 the kernel has to ask for."""
 MAX_PARTS = 32
 """Of a tile, that meet in memory."""
+LARGE_ARRAYS = 192
+"""Registers of a thread for scores, weights, output and queries: beyond, the kernel keeps queries in shared memory."""
 LONG = 1024
 """Keys, of which a few masked ones more in the last block do not count."""
 SHAPES = (
@@ -64,6 +66,14 @@ class Config:
         """Whether blocks of a launch meet in memory, or count there."""
         return self.meets_in_memory or self.persistent
 
+    def cannot_go_on(self, problem: Problem) -> str | None:
+        """Why blocks cannot take one tile after the other; None where they can."""
+        if self.parts > 1 or self.shared_rows > 1:
+            return "blocks that share a tile take no others"
+        if (problem.causal or problem.window is not None) and problem.seqlen_q > problem.seqlen_k:
+            return "a tile may see no key"
+        return None
+
     def columns(self, head_dim_v: int) -> int:
         """Of V, that a block works on."""
         return rounded(-(-head_dim_v // self.split_v))
@@ -75,8 +85,9 @@ class Config:
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int | None:
         """What a block needs, as the kernel lays it out; None where that is more than it may have."""
         d, dv = rounded(head_dim), self.columns(head_dim_v)
-        in_registers = self.keys * 3 // 4 + dv // 2 + d // 4 <= 192
-        q = self.rows * d * 2 * (2 if self.persistent and not in_registers else 1)
+        arrays = self.keys * 3 // 4 + dv // 2 + d // 4
+        twice = self.persistent and (arrays > LARGE_ARRAYS or self.keys == 160)
+        q = self.rows * d * 2 * (2 if twice else 1)
         ring = self.stages * self.keys * (d + dv) * 2
         barriers = 8 * (6 + 4 * self.stages)
         merged = 128 * (dv // 2 + 4) * 4 if self.shared_rows > 1 else 0
@@ -133,33 +144,31 @@ def configs(problem: Problem, clusters: Mapping[int, int]) -> Iterator[Config]:
                 continue
             if keys > 128 and (parts > 1 or masked or keys != long):
                 continue
-            # Where a query sees no key, a tile may see none.
-            persistent = (
-                parts == 1
-                and shared_rows == 1
-                and tiles > clusters[1]
-                and not (masked and problem.seqlen_q > problem.seqlen_k)
-            )
             # More stages hide more latency, but where tiles are large and many two measured 4% faster than three.
-            for stages in (2,) if rows == keys == 128 and parts == 1 else (4, 3, 2):
+            numbers = (2,) if rows == keys == 128 and parts == 1 else (4, 3, 2)
+            # Going on to the next tile can take room for its queries, which there is not for large heads.
+            for persistent, stages in itertools.product((True, False), numbers):
                 config = dataclasses.replace(
                     one, stages=stages, parts=parts, clustered=clustered, persistent=persistent
                 )
+                if persistent and (tiles <= clusters[1] or config.cannot_go_on(problem)):
+                    continue
                 if stages % shared_rows == 0 and config.shared_bytes(problem.head_dim, problem.head_dim_v) is not None:
                     yield config
                     break
 
 
 def _long_blocks(problem: Problem, split_v: int, *, masked: bool) -> int:
-    """Keys of a block where many tiles have 128 rows: without masks as many as there is room for.
+    """Keys of a block where many tiles have 128 rows: as many as there is room for, with masks no more than 128.
 
     Blocks of 128 keys were up to 9% slower than those of 176, and blocks of 64 up to 20%.
     """
-    for keys in (128,) if masked else (176, 160):
-        config = Config(128, keys, 2, split_v=split_v, persistent=True)
+    # Blocks that go on to the next tile were up to 4% faster with 160 keys than others with 176.
+    for persistent, keys in itertools.product((True, False), (128,) if masked else (176, 160, 128)):
+        config = Config(128, keys, 2, split_v=split_v, persistent=persistent)
         if config.shared_bytes(problem.head_dim, problem.head_dim_v) is not None:
             return keys
-    return 128
+    return 64
 
 
 def _clustered(blocks: int) -> Iterator[tuple[int, bool]]:
