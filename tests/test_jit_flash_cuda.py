@@ -96,7 +96,7 @@ def test_all_that_meet_in_memory_can_run_at_once() -> None:
 
 
 def test_much_work_is_not_split() -> None:
-    assert choose(problem(8192, 8192, heads_q=32), H100) == Config(128, 160, 2, persistent=True)
+    assert choose(problem(8192, 8192, heads_q=32), H100) == Config(128, 128, 2, persistent=True)
     assert choose(problem(8192, 8192, heads_q=32, causal=True), H100) == Config(128, 128, 2, persistent=True)
     narrow = problem(8192, 8192, heads_q=32, head_dim=64)
     assert choose(narrow, H100) == Config(128, 176, 4, persistent=True)
@@ -380,13 +380,13 @@ def test_blocks_that_wait_for_each_other_are_launched_together(driver: FakeDrive
 def test_blocks_that_take_tiles_count_them(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "active_clusters", lambda device: H100)
     case = problem(2048, 2048, heads_q=16)
-    made = launched(driver, case, Config(128, 160, 2, persistent=True))
+    made = launched(driver, case, Config(128, 128, 2, persistent=True))
     assert made.grid == [132, 1, 1]
     assert made.attributes == set()
     assert (made.params.tiles_in_all, made.params.parts, made.params.arrived) == (16 * 16, None, None)
     assert ctypes.cast(made.params.taken, ctypes.POINTER(ctypes.c_uint64))[0] == 0
     driver.launches.clear()
-    small = launched(driver, problem(2048, 2048), Config(128, 160, 2, persistent=True))
+    small = launched(driver, problem(2048, 2048), Config(128, 128, 2, persistent=True))
     assert small.grid == [16, 1, 1]
 
 
@@ -665,7 +665,7 @@ VARIANTS = [
     (problem(1024, 8192, causal=True), Config(64, 64, 4, 8, 1, 2, clustered=False)),
     (problem(512, 2048, dtype="bf16"), Config(64, 128, 2, 3, 1, 2)),
     (problem(128, 8192), Config(64, 64, 4, 31, 2, clustered=False)),
-    (problem(8192, 8192, heads_q=32), Config(128, 160, 2, persistent=True)),
+    (problem(8192, 8192, heads_q=32), Config(128, 128, 2, persistent=True)),
     (problem(8192, 8192, heads_q=32, head_dim=64, dtype="bf16"), Config(128, 176, 4, persistent=True)),
     (problem(8192, 8192, heads_q=32, causal=True), Config(128, 128, 2, persistent=True)),
     (problem(8192, 8192, heads_q=32, causal=True, head_dim=64), Config(128, 128, 4, persistent=True)),

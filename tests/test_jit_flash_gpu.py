@@ -169,18 +169,19 @@ def tiles_in_turn():
     """Blocks go on to tiles of one key block or two, with windows, of several heads, with queries held either way."""
     if STRIDED:
         return []
-    kept, read, few = (Config(*sizes, persistent=True) for sizes in ((128, 128, 2), (128, 160, 2), (64, 64, 4)))
+    kept, read, few = (Config(*sizes, persistent=True) for sizes in ((128, 128, 2), (128, 64, 3), (64, 64, 4)))
     many = {"batch": 8, "heads_q": 40}
     found = faults([
         *((problem(128, 128, causal=True, **many), kept), (problem(300, 300, causal=True, **many), kept)),
-        *((problem(300, 100, **many), config) for config in (kept, read)),
+        *((problem(300, 100, head_dim_v=d, **many), config) for d, config in ((128, kept), (256, read))),
+        (problem(300, 500, head_dim=64, **many), Config(128, 176, 4, persistent=True)),
         *((problem(700, 1500, causal=True, window=window, **many), kept) for window in (1, 200)),
         (problem(700, 1500, window=200, **many), kept),
         (problem(1, 300, batch=64, heads_q=32, heads_kv=8), few),
         (problem(5, 300, batch=64, heads_q=32, heads_kv=8, causal=True), few),
     ])
-    for config in (kept, read):
-        case = problem(512, 1000, heads_q=50)
+    for d, config in ((128, kept), (256, read)):
+        case = problem(512, 1000, head_dim_v=d, heads_q=50)
         q, k, v = inputs(case)
         q[0, 3, 7, 5] = math.nan
         rows = prepared(case, q, k, v, config=config)().isnan().all(-1)
@@ -212,17 +213,21 @@ def layouts():
 
 @part
 def extremes():
+    """Also where blocks go on to the next tile, and weigh by a score that later ones may exceed by far."""
     found = []
-    case = problem(100, 900)
-    for scale in (30.0, 1e-3):
-        found.append(fault(case, tensors=[tensor * scale for tensor in inputs(case)]))
-    q, k, v = inputs(case)
-    found.append(fault(case, tensors=[q, k[:, :, :1].expand(k.shape).contiguous(), v]))  # equal keys
-    rising = k * torch.linspace(0, 4, 900, device=DEVICE).half()[:, None]  # the maximum rises in every block
-    found.append(fault(case, tensors=[q, rising, v]))
-    q[..., 0], k[..., 0] = 200.0, -200.0
-    k[:, :, 450, 0] = 200.0  # one key has all the weight
-    found.append(fault(case, tensors=[q, k, v]))
+    in_turn = problem(200, 900, batch=2, heads_q=40), Config(128, 128, 2, persistent=True)
+    causal = problem(500, 900, batch=2, heads_q=40, causal=True), in_turn[1]
+    for case, config in [(problem(100, 900), None), *([] if STRIDED else [in_turn, causal])]:
+        for scale in (30.0, 1e-3):
+            found.append(fault(case, config, tensors=[tensor * scale for tensor in inputs(case)]))
+        q, k, v = inputs(case)
+        found.append(fault(case, config, tensors=[q, k[:, :, :1].expand(k.shape).contiguous(), v]))  # equal keys
+        for steepness in (4, 60):  # the maximum rises in every block
+            rising = k * torch.linspace(0, steepness, 900, device=DEVICE).half()[:, None]
+            found.append(fault(case, config, tensors=[q, rising, v]))
+        q[..., 0], k[..., 0] = 200.0, -200.0
+        k[:, :, 450, 0] = 200.0  # one key has all the weight
+        found.append(fault(case, config, tensors=[q, k, v]))
     return [words for words in found if words]
 
 
@@ -232,7 +237,7 @@ def bits():
     found = []
     of_any_strides = [cuda_sm80.Config(128, 64, 4), cuda_sm80.Config(16, 64, 1, 4, 2)]
     of_tma = [
-        *(Config(64, 64, 4, 16, 2), Config(128, 128, 2, 7), Config(128, 128, 2), Config(128, 160, 2, persistent=True)),
+        *(Config(64, 64, 4, 16, 2), Config(128, 128, 2, 7), Config(128, 128, 2), Config(128, 64, 3, persistent=True)),
         *(Config(128, 128, 2, 32, clustered=False), Config(64, 64, 4, 8, 2, 2, clustered=False)),
         *(Config(64, 64, 4, 3, 1, 2), Config(128, 128, 2, persistent=True)),
     ]
@@ -273,7 +278,7 @@ def in_flight():
     found = []
     one_head, heads = problem(512, 4096), problem(512, 1024, heads_q=50)
     memory = Config(64, 64, 4, 16, clustered=False)  # of which two do not fit at once
-    for case, config in ((one_head, memory), (heads, Config(128, 160, 2, persistent=True))):
+    for case, config in ((one_head, memory), (heads, Config(128, 128, 2, persistent=True))):
         call = prepared(case, *inputs(case), config=None if STRIDED else config)
         right = call().clone()
         made = [torch.cuda.Stream() for _ in range(2)]
@@ -331,7 +336,7 @@ def graphs():
     expected = prepared(case, *others)()
     found = [] if torch.equal(out, expected) else ["a replay does not read the inputs"]
     # The graph and the output are kept, and the call is not: what blocks meet in must not be given away.
-    for config in (Config(64, 64, 4, 8, clustered=False), Config(128, 160, 2, persistent=True)):
+    for config in (Config(64, 64, 4, 8, clustered=False), Config(128, 128, 2, persistent=True)):
         case = problem(512, 2048, heads_q=1 if config.meets_in_memory else 50)
         tensors = inputs(case)
         call = prepared(case, *tensors, config=None if STRIDED else config)

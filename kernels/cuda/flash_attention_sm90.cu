@@ -9,7 +9,9 @@
 //                     of the same rows, and consumer 0 takes over what came of it
 //
 // […] are issued together: the tensor cores work on PV of one block and QK of the next while the softmax of the latter
-// waits for its scores alone. Then, where PARTS is 1:
+// waits for its scores alone. Where PERSISTENT, only a tile's first softmax looks for the greatest score. What it finds is
+// subtracted from those of the other blocks too, unless their weights add up to more than MOST_WEIGHT: then QK is
+// computed again, and the greatest score looked for. Where PARTS is 1:
 //
 //     consumers       write their rows from registers; where PERSISTENT, the last […] of a tile has QK of the next one, and
 //                     its rows are written after the softmax of that
@@ -47,13 +49,14 @@
 //     BF16    0: fp16, 1: bf16
 //     ROWS    64 or 128
 //     SHARED_ROWS  consumers that work on the same rows: 1, or 2 where ROWS is 64
-//     KEYS    keys of a block: 64, 128, 160 or 176
+//     KEYS    keys of a block: 64, 128 or 176
 //     STAGES  of the ring
 //     PARTS   blocks that share the keys of a tile
 //     CLUSTERED  1: they are a cluster, of 16 at most; 0: they meet in global memory
 //     PERSISTENT 1: blocks take tiles until there are no more; PARTS and SHARED_ROWS are 1 then, and no tile is without keys
 //     PACK    query heads of a tile; a divisor of those that share a key head
 //     MASKED  1: causal or window
+//     WINDOW  1: window
 //     SHARED_BYTES  of a block, that it is launched with
 // No header is included, so that NVRTC compiles it without a CUDA toolkit.
 
@@ -74,7 +77,7 @@ constexpr int BOX_COLUMNS = 64;       // of 2 bytes: the 128 bytes of a swizzled
 constexpr int BOX_ROW_BYTES = 128;
 // Registers of a thread: it has 232, of which all else takes up to 40.
 constexpr int LARGE_ARRAYS = KEYS / 2 + KEYS / 4 + DV / 2 + D / 4;  // scores, weights, output and queries
-constexpr bool Q_IN_REGISTERS = PERSISTENT && LARGE_ARRAYS <= 192 && KEYS != 160;
+constexpr bool Q_IN_REGISTERS = PERSISTENT && LARGE_ARRAYS <= 192;
 constexpr int Q_BUFFERS = PERSISTENT && !Q_IN_REGISTERS ? 2 : 1;
 constexpr u32 Q_BUFFER_BYTES = ROWS * D * 2, Q_BYTES = Q_BUFFERS * Q_BUFFER_BYTES;
 constexpr u32 K_BYTES = KEYS * D * 2, V_BYTES = KEYS * DV * 2;
@@ -82,8 +85,12 @@ constexpr u32 RING_BYTES = STAGES * (K_BYTES + V_BYTES);
 constexpr u32 MERGED_BYTES = SHARED_ROWS > 1 ? (DV / 2 + 4) * WARPGROUP * 4 : 0;
 constexpr u32 BARRIER_BYTES = 8 * (6 + 4 * STAGES);
 
-// Columns of 8 keys whose weights are computed before the last products are waited for: with 2, 6 and 8 eighths of them
-// many heads took up to 1% longer, 2% and 2%.
+// What a thread's weights of a key block add up to, at most, for the scores to be taken for small enough: far below what
+// fp16 holds. With normal queries and keys no block has more.
+constexpr float MOST_WEIGHT = 4096;
+
+// Columns of 8 keys whose weights are computed before the last products are waited for, where every block's greatest score
+// is looked for.
 constexpr int EARLY = KEYS / 16;
 
 constexpr int CHUNKS = DV / 8;  // of a warp's 16 rows
@@ -295,6 +302,18 @@ __device__ __forceinline__ void sync_threads(int id, int count) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
+// Whether it is so for any thread of a warpgroup.
+__device__ __forceinline__ bool any_of_warpgroup(bool is, int barrier) {
+    u32 any;
+    asm volatile(
+        "{\n.reg .pred is, any;\nsetp.ne.u32 is, %1, 0;\nbarrier.cta.red.or.aligned.pred any, %2, 128, is;\n"
+        "selp.u32 %0, 1, 0, any;\n}\n"
+        : "=r"(any)
+        : "r"(u32(is)), "r"(barrier)
+        : "memory");
+    return any;
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -372,9 +391,6 @@ __device__ __forceinline__ u64 descriptor(u32 address, u32 leading, u32 stride) 
     D32                                                                                                               \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "          \
     "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define D80                                                                                                           \
-    D64                                                                                                               \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define D88                                                                                                           \
     D64                                                                                                               \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "          \
@@ -394,12 +410,6 @@ __device__ __forceinline__ void scores_step(float* d, u64 a, u64 b, int add) {
             "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" D64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"
             : ROW32(d, 0), ROW32(d, 32)
-            : "l"(a), "l"(b), "r"(add));
-    } else if constexpr (N == 160) {
-        asm volatile(
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %82, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n160k16." TYPES " {" D80 "}, %80, %81, add, 1, 1, 0, 0;\n}\n"
-            : ROW32(d, 0), ROW32(d, 32), ROW8(d, 64), ROW8(d, 72)
             : "l"(a), "l"(b), "r"(add));
     } else {
         static_assert(N == 176, "keys of a block");
@@ -464,7 +474,7 @@ struct Tile {
 
 __device__ __forceinline__ u32 operator/(u32 n, const Divisor& d) { return (__umulhi(n, d.factor) + n) >> d.shift; }
 
-__device__ __forceinline__ int low_key(const Params& p, int position) { return max(0, position - p.behind); }
+__device__ __forceinline__ int low_key(const Params& p, int position) { return WINDOW ? max(0, position - p.behind) : 0; }
 __device__ __forceinline__ int high_key(const Params& p, int position) { return min(p.seqlen_k, position + p.ahead); }
 
 __device__ __forceinline__ Tile tile_of(const Params& p, u32 number, u32 rank) {
@@ -578,6 +588,10 @@ struct Producer {
         ask_keys(tile, 0, at);
     }
 
+    // A tile that no other block takes. Every launch adds tiles_in_all: one for each tile that was taken and one for each
+    // block of threads that found none.
+    __device__ __forceinline__ u32 take() const { return gridDim.x + u32(add_relaxed(p.taken) % p.tiles_in_all); }
+
     // Tells the consumers, and asks for what the tile needs first. Whether there is one.
     __device__ __forceinline__ bool go_on(Tile& tile, u32 number, int turn, int at) const {
         if (turn >= Q_BUFFERS) barrier_wait(shared.q_empty(turn), ~(turn / Q_BUFFERS) & 1);
@@ -608,18 +622,16 @@ struct Producer {
                 const int at = before + index;
                 const Slot slot(at);
                 if (KEYS > 64) barrier_wait(shared.k_full + 8 * slot.stage, slot.parity);
-                // Early enough to be there, and late enough that blocks end together. Every launch adds tiles_in_all: one
-                // for each tile that was taken and one for each block of threads that found none.
-                if (PERSISTENT && index == max(0, tile.blocks - 2)) {
-                    number = gridDim.x + u32(add_relaxed(p.taken) % p.tiles_in_all);
-                }
                 if (at == 0) ask_values(tile, index, at);
                 if (index + 1 < tile.blocks) {
                     ask_keys(tile, index + 1, at + 1);
                 } else if (PERSISTENT) {
+                    if (tile.blocks == 1) number = take();
                     more = go_on(following, number, turn + 1, at + 1);
                 }
                 if (at > 0) ask_values(tile, index, at);
+                // Early enough to be there, and late enough that blocks end together.
+                if (PERSISTENT && index + 2 == tile.blocks) number = take();
             }
             if (!more) return;
             before += tile.blocks;
@@ -631,20 +643,16 @@ struct Producer {
 // What one consumer knows of its 64 rows. A thread holds two of them, 8 apart (the layout of wgmma's accumulators):
 // o[4c + 2h + e] is row 16·warp + lane/4 + 8h, column 8c + 2·(lane%4) + e, and the same for scores.
 struct Softmax {
-    // What is subtracted: the greatest score so far times log2(e). It is rounded once and then used for all that is
-    // summed up, so that rounding it costs nothing up to LARGEST, where weights are off by a factor of 2⁸ at most, all
-    // alike. Beyond it, in any share of a row's keys, the row is NaN.
+    // What is subtracted: the greatest score that was looked for so far, times log2(e). It is rounded once and then used for
+    // all that is summed up, so that rounding it costs nothing up to LARGEST, where weights are off by a factor of 2⁸ at
+    // most, all alike. Beyond it, in any share of a row's keys, the row is NaN.
     float shift[2] = {MINUS_INFINITY, MINUS_INFINITY};
     float sum[2] = {0, 0};  // of this thread's columns
+    // Of the last key block: what its weights add up to, and the factors of what was summed up before it.
+    float added[2], factor[2];
 
-    // What becomes of a key block's scores: the factors of what was summed up before, what is subtracted now, and what
-    // this thread's weights add up to.
-    struct Step {
-        float factor[2], finite[2], added[2] = {0, 0};
-    };
-
-    __device__ __forceinline__ Step raise(const float (&s)[KEYS / 2], float scale) {
-        Step step;
+    // Looks for the greatest of a block's scores.
+    __device__ __forceinline__ void raise(const float (&s)[KEYS / 2], float scale) {
         float tops[4] = {s[0], s[1], s[2], s[3]};  // of one chain alone, each maximum would wait for the last
 #pragma unroll
         for (int i = 4; i < KEYS / 2; ++i) tops[i % 4] = fmaxf(tops[i % 4], s[i]);
@@ -654,28 +662,39 @@ struct Softmax {
             top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
             const float after = fmaxf(shift[h], top * scale);
-            step.finite[h] = finite_shift(after);
-            step.factor[h] = exp2_approx(shift[h] - step.finite[h]);
+            factor[h] = exp2_approx(shift[h] - finite(after));
             shift[h] = after;
+            sum[h] *= factor[h];
         }
-        return step;
     }
 
-    // Turns scores of columns 8·FIRST to below 8·END into weights exp2(scale · score - shift).
+    // Turns scores of columns 8·FIRST to below 8·END into weights exp2(scale · score - less).
     template <int FIRST, int END>
-    __device__ __forceinline__ void weigh(float (&s)[KEYS / 2], float scale, Step& step) const {
+    __device__ __forceinline__ void weigh(float (&s)[KEYS / 2], float scale, const float (&less)[2]) {
+        if (FIRST == 0) added[0] = added[1] = 0;
 #pragma unroll
         for (int i = 4 * FIRST; i < 4 * END; ++i) {
             const int h = i / 2 % 2;
-            s[i] = exp2_approx(s[i] * scale - step.finite[h]);
-            step.added[h] += s[i];
+            s[i] = exp2_approx(s[i] * scale - less[h]);
+            added[h] += s[i];
         }
     }
 
-    __device__ __forceinline__ void add(const Step& step) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) sum[h] = sum[h] * step.factor[h] + step.added[h];
+    // By the greatest score so far, or, where it has risen, by that one.
+    template <int FIRST, int END>
+    __device__ __forceinline__ void weigh(float (&s)[KEYS / 2], float scale) {
+        const float less[2] = {finite(shift[0]), finite(shift[1])};
+        weigh<FIRST, END>(s, scale, less);
     }
+
+    // Whether all of a block's scores may be weighed by the greatest one so far. Leaves weights where they may. A row that
+    // has seen no key yet has weights of +inf or NaN.
+    __device__ __forceinline__ bool guess(float (&s)[KEYS / 2], float scale) {
+        weigh<0, KEYS / 8>(s, scale, shift);
+        return added[0] + added[1] <= MOST_WEIGHT;
+    }
+
+    __device__ __forceinline__ void add() { sum[0] += added[0], sum[1] += added[1]; }
 
     __device__ __forceinline__ void finish() {
 #pragma unroll
@@ -687,7 +706,7 @@ struct Softmax {
     }
 
     // A row that has seen no key has a shift of -inf, and weights of zero.
-    __device__ static __forceinline__ float finite_shift(float shift) { return shift == MINUS_INFINITY ? 0.0f : shift; }
+    __device__ static __forceinline__ float finite(float shift) { return shift == MINUS_INFINITY ? 0.0f : shift; }
 
     __device__ static __forceinline__ float inverse(float sum, bool blind) {
         return sum != 0 ? inverse_approx(sum) : blind ? 0.0f : NOT_A_NUMBER;  // of scores that are all -inf
@@ -705,13 +724,13 @@ __device__ __forceinline__ void mask(const Params& p, const int (&position)[2], 
     for (int h = 0; h < 2; ++h) {
         // From the thread's first column on, so that each comparison is with a constant.
         const int first = key + 2 * (lane % 4);
-        const int lo = MASKED ? low_key(p, position[h]) - first : 0;
+        const int lo = WINDOW ? low_key(p, position[h]) - first : 0;
         const int hi = (MASKED ? high_key(p, position[h]) : p.seqlen_k) - first;
 #pragma unroll
         for (int c = 0; c < KEYS / 8; ++c) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                if ((MASKED && 8 * c + e < lo) || 8 * c + e >= hi) s[4 * c + 2 * h + e] = MINUS_INFINITY;
+                if ((WINDOW && 8 * c + e < lo) || 8 * c + e >= hi) s[4 * c + 2 * h + e] = MINUS_INFINITY;
             }
         }
     }
@@ -798,7 +817,7 @@ __device__ __forceinline__ void merge(const Shared& shared, int consumer, int th
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const float other = theirs(STATE + h), after = fmaxf(softmax.shift[h], other);
-        const float finite = Softmax::finite_shift(after);
+        const float finite = Softmax::finite(after);
         factor[h] = exp2_approx(softmax.shift[h] - finite);
         other_factor[h] = exp2_approx(other - finite);
         softmax.shift[h] = after;
@@ -911,6 +930,10 @@ __device__ __forceinline__ void attend(const Params& p, Tile& tile, const Shared
     const auto free_slot = [&](u32 barrier) {
         if (thread == 0) barrier_arrive(barrier);
     };
+    const auto rescale = [&] {
+#pragma unroll
+        for (int i = 0; i < DV / 2; ++i) o[i] *= softmax.factor[i / 2 % 2];
+    };
     barrier_wait(shared.q_full(0), 0);
     queries.load(shared.q(0) + first_row * BOX_ROW_BYTES, thread);
     {
@@ -921,9 +944,9 @@ __device__ __forceinline__ void attend(const Params& p, Tile& tile, const Shared
         if (Q_IN_REGISTERS && lane == 0) barrier_arrive(shared.q_empty(0));
         free_slot(shared.k_empty + 8 * slot.stage);
         masked(tile, index);
-        Softmax::Step step = softmax.raise(s, p.scale_log2);
-        softmax.weigh<0, KEYS / 8>(s, p.scale_log2, step);
-        softmax.add(step);
+        softmax.raise(s, p.scale_log2);
+        softmax.weigh<0, KEYS / 8>(s, p.scale_log2);
+        softmax.add();
         pack_all(s, weights);
     }
     int before = 0;  // key blocks of earlier tiles
@@ -935,17 +958,35 @@ __device__ __forceinline__ void attend(const Params& p, Tile& tile, const Shared
             barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
             multiply_values(weights, shared.v(slot.stage), o);
             wgmma_wait<1>();
-            free_slot(shared.k_empty + 8 * next.stage);
-            masked(tile, index + SHARED_ROWS);
-            Softmax::Step step = softmax.raise(s, p.scale_log2);
-            softmax.weigh<0, EARLY>(s, p.scale_log2, step);
-            stay_behind(step.added[0] + step.added[1]);
-            wgmma_wait<0>();
+            if (PERSISTENT) {
+                masked(tile, index + SHARED_ROWS);
+                const bool right = softmax.guess(s, p.scale_log2);
+                const bool wrong = any_of_warpgroup(!right, 4 + consumer);
+                wgmma_wait<0>();
+                if (wrong) {
+                    settle(o);
+                    multiply_scores(queries, shared.k(next.stage), s);
+                    wgmma_wait<0>();
+                    settle(s);
+                    masked(tile, index + SHARED_ROWS);
+                    softmax.raise(s, p.scale_log2);
+                    softmax.weigh<0, KEYS / 8>(s, p.scale_log2);
+                    rescale();
+                }
+                __syncwarp();  // tells the compiler that the warp is whole: it keeps descriptors in uniform registers then
+                free_slot(shared.k_empty + 8 * next.stage);
+            } else {
+                free_slot(shared.k_empty + 8 * next.stage);
+                masked(tile, index + SHARED_ROWS);
+                softmax.raise(s, p.scale_log2);
+                softmax.weigh<0, EARLY>(s, p.scale_log2);
+                stay_behind(softmax.added[0] + softmax.added[1]);
+                wgmma_wait<0>();
+                rescale();
+                softmax.weigh<EARLY, KEYS / 8>(s, p.scale_log2);
+            }
             free_slot(shared.v_empty + 8 * slot.stage);
-#pragma unroll
-            for (int i = 0; i < DV / 2; ++i) o[i] *= step.factor[i / 2 % 2];
-            softmax.weigh<EARLY, KEYS / 8>(s, p.scale_log2, step);
-            softmax.add(step);
+            softmax.add();
             pack_all(s, weights);
         }
         if (!PERSISTENT) break;
@@ -970,18 +1011,17 @@ __device__ __forceinline__ void attend(const Params& p, Tile& tile, const Shared
         softmax.finish();
         write_sums(p, tile, consumer, thread, softmax, inverse);
         softmax = Softmax();
-        __syncwarp();  // tells the compiler that the warp is whole: it keeps descriptors in uniform registers then
+        __syncwarp();
         wgmma_wait<1>();
         free_slot(shared.k_empty + 8 * next.stage);
         masked(following, 0);
-        Softmax::Step step = softmax.raise(s, p.scale_log2);
-        softmax.weigh<0, EARLY>(s, p.scale_log2, step);
-        stay_behind(step.added[0] + step.added[1]);
+        softmax.raise(s, p.scale_log2);
+        softmax.weigh<0, KEYS / 8>(s, p.scale_log2);
+        stay_behind(softmax.added[0] + softmax.added[1]);
         wgmma_wait<0>();
         free_slot(shared.v_empty + 8 * slot.stage);
         settle(o);
-        softmax.weigh<EARLY, KEYS / 8>(s, p.scale_log2, step);
-        softmax.add(step);
+        softmax.add();
         pack_all(s, weights);
         write_rows(p, tile, consumer, thread, o, inverse);
         __syncwarp();
@@ -1078,7 +1118,7 @@ struct Sum {
             float after = shift[h];
 #pragma unroll
             for (int i = 0; i < N; ++i) after = fmaxf(after, state[i][h].x);
-            finite[h] = Softmax::finite_shift(after);
+            finite[h] = Softmax::finite(after);
             const float factor = exp2_approx(shift[h] - finite[h]);
             shift[h] = after;
             sum[h] *= factor, total[2 * h] *= factor, total[2 * h + 1] *= factor;

@@ -357,6 +357,7 @@ def macros(problem: Problem, config: Config) -> dict[str, int]:
         "SPLIT_V": config.split_v,
         "BF16": int(problem.dtype == "bf16"),
         "MASKED": int(problem.causal or problem.window is not None),
+        "WINDOW": int(problem.window is not None),
         "ROWS": config.rows,
         "KEYS": config.keys,
         "STAGES": config.stages,

@@ -27,7 +27,7 @@ LARGE_ARRAYS = 192
 LONG = 1024
 """Keys, of which a few masked ones more in the last block do not count."""
 SHAPES = (
-    *((128, keys, 1) for keys in (176, 160, 128, 64)),
+    *((128, keys, 1) for keys in (176, 128, 64)),
     *((64, keys, shared_rows) for shared_rows in (1, 2) for keys in (128, 64)),
 )
 """Of a tile and its key blocks: rows, keys, and how many consumers share the rows."""
@@ -86,8 +86,7 @@ class Config:
         """What a block needs, as the kernel lays it out; None where that is more than it may have."""
         d, dv = rounded(head_dim), self.columns(head_dim_v)
         arrays = self.keys * 3 // 4 + dv // 2 + d // 4
-        twice = self.persistent and (arrays > LARGE_ARRAYS or self.keys == 160)
-        q = self.rows * d * 2 * (2 if twice else 1)
+        q = self.rows * d * 2 * (2 if self.persistent and arrays > LARGE_ARRAYS else 1)
         ring = self.stages * self.keys * (d + dv) * 2
         barriers = 8 * (6 + 4 * self.stages)
         merged = 128 * (dv // 2 + 4) * 4 if self.shared_rows > 1 else 0
@@ -161,10 +160,10 @@ def configs(problem: Problem, clusters: Mapping[int, int]) -> Iterator[Config]:
 def _long_blocks(problem: Problem, split_v: int, *, masked: bool) -> int:
     """Keys of a block where many tiles have 128 rows: as many as there is room for, with masks no more than 128.
 
-    Blocks of 128 keys were up to 9% slower than those of 176, and blocks of 64 up to 20%.
+    Where blocks do not go on to the next tile, 128 keys were up to 9% slower than 176, and 64 up to 20%.
     """
-    # Blocks that go on to the next tile were up to 4% faster with 160 keys than others with 176.
-    for persistent, keys in itertools.product((True, False), (128,) if masked else (176, 160, 128)):
+    # Going on is worth more: with 128 keys it was up to 15% faster than not going on with 176.
+    for persistent, keys in itertools.product((True, False), (128,) if masked else (176, 128)):
         config = Config(128, keys, 2, split_v=split_v, persistent=persistent)
         if config.shared_bytes(problem.head_dim, problem.head_dim_v) is not None:
             return keys
