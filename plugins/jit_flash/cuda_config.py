@@ -197,8 +197,9 @@ L2_BYTES_A_CYCLE = 4910.0
 """Of all SMs."""
 L2_BYTES, MEMORY_LOAD_BYTES_A_CYCLE, MEMORY_BYTES_A_CYCLE = 40e6, 20.0, 1750.0
 """Beyond the first, keys and values come from memory, for one SM at the second, for all at the third."""
-MULTIPLY_ADDS_A_CYCLE = 1435.0
-"""Of an SM's tensor cores, which do 2048 at best."""
+MULTIPLY_ADDS_A_CYCLE, IN_TURN_MULTIPLY_ADDS_A_CYCLE = 1435.0, 1785.0
+"""Of an SM's tensor cores, which do 2048 at best; the second where blocks go on from tile to tile, and seldom look for a
+greatest score."""
 SOFTMAX_CYCLES_A_KEY = 2.05
 """Of 64 rows."""
 BLOCK_CYCLES, MERGE_CYCLES = 653.0, 720.0
@@ -207,7 +208,7 @@ CLUSTER_CYCLES, CLUSTER_CYCLES_A_PART, CLUSTER_BYTES_A_CYCLE = 217.0, 64.0, 13.0
 """For adding up in a cluster: once, for each part, and for what a block sends."""
 MEETING_CYCLES, MEETING_CYCLES_A_PART, MEETING_BYTES_A_CYCLE = 1122.0, 34.0, 8.9
 """The same in memory."""
-TILE_CYCLES, LATER_WAVE = 449.0, 0.958
+TILE_CYCLES, LATER_WAVE = 3500.0, 0.958
 """What a tile after the first takes besides its key blocks, where a block of threads goes on to it; and where another
 starts, of the time of the first: it starts while the one before it ends."""
 MOST_TILES = 64
@@ -230,7 +231,8 @@ def predicted_us(problem: Problem, config: Config, clusters: Mapping[int, int]) 
     blocks = math.ceil((max(tile_blocks) if waves == 1 else mean_blocks) / config.parts / config.shared_rows)
     running = min(launched, at_once) * config.parts
     consumers = config.rows // 64 * config.shared_rows
-    products = 64 * config.keys * (d + dv) / MULTIPLY_ADDS_A_CYCLE
+    multiply_rate = IN_TURN_MULTIPLY_ADDS_A_CYCLE if config.persistent else MULTIPLY_ADDS_A_CYCLE
+    products = 64 * config.keys * (d + dv) / multiply_rate
     # A consumer's softmax waits for its products, and not for those of another.
     compute = max(consumers * products, products + SOFTMAX_CYCLES_A_KEY * config.keys + BLOCK_CYCLES)
     rate = min(LOAD_BYTES_A_CYCLE, L2_BYTES_A_CYCLE / running)
