@@ -40,8 +40,8 @@ CASES = (
     *(case.resolve("cuda") for case in PTO),
     *(
         case
-        for n in (1024, 4096)
-        for case in cross(**FP16, batch=(4,), heads_q=(16,), seqlen_q=(n,), seqlen_k=(n,), causal=(False, True))
+        for batch, n in ((4, 1024), (4, 4096), (1, 16384))
+        for case in cross(**FP16, batch=(batch,), heads_q=(16,), seqlen_q=(n,), seqlen_k=(n,), causal=(False, True))
     ),
     *cross(**FP16, batch=(1, 8, 64), heads_q=(32,), heads_kv=(8,), seqlen_q=(1,), seqlen_k=(1024, 8192, 32768)),
 )

@@ -225,7 +225,7 @@ def test_configurations_of_the_cuda_kernel_are_chosen_by_a_model_that_meets_what
     done = subprocess.run([sys.executable, FOLDER / "cuda_configs.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = _cells(done.stdout)
-    assert len(rows) == 2 + 33 + 2 + 2
+    assert len(rows) == 2 + 35 + 2 + 2
     assert [row[-1] for row in rows[-2:]] == ["ok", "ok"]
 
 

@@ -198,8 +198,8 @@ L2_BYTES_A_CYCLE = 4910.0
 L2_BYTES, MEMORY_LOAD_BYTES_A_CYCLE, MEMORY_BYTES_A_CYCLE = 40e6, 20.0, 1750.0
 """Beyond the first, keys and values come from memory, for one SM at the second, for all at the third."""
 MULTIPLY_ADDS_A_CYCLE, IN_TURN_MULTIPLY_ADDS_A_CYCLE = 1435.0, 1785.0
-"""Of an SM's tensor cores, which do 2048 at best; the second where blocks go on from tile to tile, and seldom look for a
-greatest score."""
+"""Of an SM's tensor cores, which do 2048 at best; the second where blocks go on from tile to tile, and do not look for
+every key block's greatest score."""
 SOFTMAX_CYCLES_A_KEY = 2.05
 """Of 64 rows."""
 BLOCK_CYCLES, MERGE_CYCLES = 653.0, 720.0
