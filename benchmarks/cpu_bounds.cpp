@@ -3,7 +3,7 @@
 //   bound_fp32_gflops(threads, us)               multiply-adds in registers
 //   bound_bf16_gflops(threads, us)               bf16 dot products in registers or tiles; 0 without such instructions
 //   bound_micro_gflops(threads, us, bf16)        the kernel's own products on packed operands in L1 and L2
-//   bound_read_gbps(data, bytes, passes, threads)  memory read from its start to its end, `passes` times
+//   bound_read_gbps(data, bytes, passes, threads, block)  memory read from its start to its end, or in blocks of its halves
 //
 // The loops in registers are those of attnbench's peaks, cpu_peak.cpp. There a rate is the best moment of each thread,
 // for it must stay above whatever a backend reaches; here it is the mean, for what slows the machine must slow the bound
@@ -118,22 +118,31 @@ extern "C" double bound_micro_gflops(int threads, double us, int bf16) {
     return bf16 ? mean_gflops<Block<bfloat>>(threads, us) : mean_gflops<Block<float>>(threads, us);
 }
 
-extern "C" double bound_read_gbps(const void* data, std::int64_t bytes, std::int64_t passes, int threads) {
+// `block` bytes of the first half and as many of the second in turn, as attention reads K and V; 0: one after the other.
+extern "C" double bound_read_gbps(const void* data, std::int64_t bytes, std::int64_t passes, int threads,
+                                  std::int64_t block) {
     constexpr std::int64_t PIECE = 256 << 10, SUMS = 8, STEP = SUMS * kVectorBytes;
-    const std::int64_t pieces = (bytes + PIECE - 1) / PIECE;
+    const std::int64_t halves = block ? 2 : 1, half = bytes / halves;
+    const std::int64_t pieces = (half + PIECE - 1) / PIECE;
     std::atomic<std::int64_t> next{0};
     const auto read = [&] {
         const std::int64_t piece = next.fetch_add(1, std::memory_order_relaxed);
         if (piece >= pieces * passes) return 0.0;
-        const std::int64_t at = piece % pieces * PIECE, steps = std::min(PIECE, bytes - at) / STEP;
-        const Ints* source = reinterpret_cast<const Ints*>(static_cast<const char*>(data) + at);
+        const std::int64_t first = piece % pieces * PIECE, steps = std::min(PIECE, half - first) / STEP;
+        const std::int64_t together = block ? block / STEP : steps;
         Ints sums[SUMS] = {};
-        for (std::int64_t step = 0; step < steps; ++step)
-            for (int i = 0; i < SUMS; ++i) sums[i] |= source[step * SUMS + i];
+        for (std::int64_t at = 0; at < steps; at += together) {
+            for (std::int64_t of = 0; of < halves; ++of) {
+                const char* start = static_cast<const char*>(data) + of * half + first;
+                const Ints* source = reinterpret_cast<const Ints*>(start);
+                for (std::int64_t step = at; step < std::min(at + together, steps); ++step)
+                    for (int i = 0; i < SUMS; ++i) sums[i] |= source[step * SUMS + i];
+            }
+        }
         Ints total = sums[0];
         for (int i = 1; i < SUMS; ++i) total |= sums[i];
         keep(total);
-        return static_cast<double>(steps * STEP);
+        return static_cast<double>(halves * steps * STEP);
     };
     return mean_rate(threads, [&] { return read; }) / 1e9;
 }

@@ -95,10 +95,11 @@ def micro_gflops(threads: int, *, bf16: bool, us: float = MOMENT_US) -> float:
     return float(_library().bound_micro_gflops(threads, ctypes.c_double(us), int(bf16)))
 
 
-def read_gbps(memory: Tensor, threads: int, passes: int = 1) -> float:
-    """What reading a contiguous tensor from its start to its end, `passes` times, reaches now."""
+def read_gbps(memory: Tensor, threads: int, passes: int = 1, block: int = 0) -> float:
+    """What reading a contiguous tensor from its start to its end, `passes` times, reaches now; or `block` bytes of its
+    first half and as many of its second in turn."""
     address, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.nbytes)
-    return float(_library().bound_read_gbps(address, size, ctypes.c_int64(passes), threads))
+    return float(_library().bound_read_gbps(address, size, ctypes.c_int64(passes), threads, ctypes.c_int64(block)))
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------

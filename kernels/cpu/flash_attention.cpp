@@ -66,9 +66,12 @@ namespace {
 constexpr int64_t TILE = 256;
 constexpr int64_t FEW_ROWS = 8;
 constexpr bool ONE_VECTOR = LANES > FEW_ROWS;  // whether panels of one vector are worth their code
-// Keys of their blocks. The next block is fetched ahead, into L1 together with this one. Reading from memory on Zen 3, 16
-// keys of d = 128 gave 0.94 of a plain read's speed, 32 0.77 to 0.95, 64 0.85, 128 0.65 to 0.84.
+// Keys of their blocks, at most. The next block is fetched ahead, into L1 together with this one. Reading from memory on
+// EPYCs, d = 128, one query, 8 keys gave 0.80 to 0.98 of a plain read's speed, 16 0.73 to 0.94, 32 0.67 to 0.95, 64 0.70 to
+// 0.85. Several queries, whose softmax takes longer, are up to a tenth faster with 16 than with 8.
 constexpr int64_t FEW_KEYS = 16;
+constexpr int64_t ONE_ROW_KEYS = std::max<int64_t>(8, LANES);
+static_assert(FEW_KEYS % ONE_ROW_KEYS == 0 && ONE_ROW_KEYS % LANES == 0);
 // Keys whose values are added up before they are added to others, where rows are few: their sums are short otherwise.
 constexpr int64_t FEW_ROWS_KEYS = 16384;
 constexpr int64_t MAX_DIM = 256;
@@ -426,10 +429,11 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
         std::fill_n(part.o + row * plan.dim_v, plan.dim_v, 0.0f);
         part.top[row] = LOWEST, part.sum[row] = 0.0f;
     }
-    for (int64_t key = low; key < high; key += FEW_KEYS) {
-        const int64_t keys = std::min(FEW_KEYS, high - key);
+    const int64_t block = tile.rows == 1 ? ONE_ROW_KEYS : FEW_KEYS;
+    for (int64_t key = low; key < high; key += block) {
+        const int64_t keys = std::min(block, high - key);
         const T *k_block = k + key * args.k_stride[2], *v_block = v + key * args.v_stride[2];
-        const int64_t after = std::min(FEW_KEYS, high - key - keys);
+        const int64_t after = std::min(block, high - key - keys);
         Ahead v_ahead(v_block, args.v_stride[2], keys, args.head_dim_v);  // while there are the products with K
         Ahead k_ahead(k_block + keys * args.k_stride[2], args.k_stride[2], after, args.head_dim);
         for_rows(tile.rows, [&](int64_t row, auto count) {
@@ -440,12 +444,12 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
             const Range seen(args, tile.row(row));
             float* scores = s + row * FEW_KEYS;
             std::fill(scores, scores + std::clamp<int64_t>(seen.low - key, 0, keys), -INF);
-            std::fill(scores + std::clamp<int64_t>(seen.high - key, 0, keys), scores + FEW_KEYS, -INF);
+            std::fill(scores + std::clamp<int64_t>(seen.high - key, 0, keys), scores + block, -INF);
             vec highest = broadcast(part.top[row]), total = {};
-            for (int64_t i = 0; i < FEW_KEYS; i += LANES) highest = maximum(highest, load(scores + i));
+            for (int64_t i = 0; i < block; i += LANES) highest = maximum(highest, load(scores + i));
             const float top = maximum_of_lanes(highest);
             alpha[row] = exp2(broadcast((part.top[row] - top) * scale))[0];
-            for (int64_t i = 0; i < FEW_KEYS; i += LANES) {
+            for (int64_t i = 0; i < block; i += LANES) {
                 const vec p = exp2((load(scores + i) - top) * scale);
                 store(scores + i, p);
                 total += p;
