@@ -14,16 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from attnbench import isolation, processes, spot
+from attnbench import contention, isolation, processes, spot
 from attnbench.child import LINE_LENGTH
+from attnbench.devices import Timing
 from attnbench.isolation import IsolatedWorker
 from attnbench.patches import Patch
 from attnbench.problem import Problem
 from attnbench.reference import Reference, make_inputs
 from attnbench.registry import BackendInfo, EntryPointRef
-from attnbench.result import Status
+from attnbench.result import HOST_CLOCK, Status
 from attnbench.wire import Region
-from attnbench.worker import CaseFailed
+from attnbench.worker import CaseFailed, Timed
 
 PROBLEM = Problem(seqlen_q=8, seqlen_k=16, head_dim=8, dtype="fp32")
 INPUTS = make_inputs(PROBLEM, 0)
@@ -431,13 +432,26 @@ CLAIMS = [
 
 
 @pytest.mark.parametrize(("name", "words"), CLAIMS, ids=[name for name, _ in CLAIMS])
-def test_what_a_worker_says_of_time_must_fit_the_wall_clock_here(worker, name, words):
+def test_what_a_worker_says_of_time_must_fit_the_wall_clock_here(worker, name, words, monkeypatch):
+    monkeypatch.setattr(contention, "sample", lambda: None)  # whatever else the machine does meanwhile
     made = worker(name)
     made.prepare(PROBLEM, INPUTS)
     with pytest.raises(CaseFailed) as caught:
         made.time_calls(1, **HOT)
     assert caught.value.status is Status.TAMPERED
     assert caught.value.reason.startswith(words)
+
+
+SHARES = [(0, 0, True), (0.5, 0, False), (0, 0.5, False), (0.1, 0.1, True)]
+
+
+@pytest.mark.parametrize(("others", "steal", "lies"), SHARES)
+def test_what_a_worker_waited_for_processors_that_others_took_is_no_lie(monkeypatch, others, steal, lies):
+    share = contention.Share(processors=2, others=others, steal=steal)
+    monkeypatch.setattr(contention, "between", lambda before, now: share)
+    clock, timed = isolation._WallClock(), Timed(Timing(times_us=[1.0], method=HOST_CLOCK), 10.0, [])
+    with pytest.raises(CaseFailed, match=r"add up to 0\.001 s of the 10\.000 s") if lies else contextlib.nullcontext():
+        clock.compare(timed, 0.001, 10.0, 0.1)
 
 
 def test_a_plugin_that_changes_the_clock_when_it_is_imported_never_starts(plugin, monkeypatch):
