@@ -215,15 +215,22 @@ def layouts():
 def extremes():
     """Also where blocks go on to the next tile, and weigh by a score that later ones may exceed by far."""
     found = []
-    in_turn = problem(200, 900, batch=2, heads_q=40), Config(128, 128, 2, persistent=True)
-    causal = problem(500, 900, batch=2, heads_q=40, causal=True), in_turn[1]
-    for case, config in [(problem(100, 900), None), *([] if STRIDED else [in_turn, causal])]:
+    many, kept = {"batch": 2, "heads_q": 40}, Config(128, 128, 2, persistent=True)
+    in_turn = [
+        (problem(200, 900, **many), kept),
+        (problem(500, 900, causal=True, dtype="bf16", **many), kept),
+        (problem(500, 900, causal=True, window=200, **many), kept),
+        (problem(200, 900, head_dim_v=256, **many), Config(128, 64, 3, persistent=True)),
+        (problem(200, 900, head_dim=64, **many), Config(128, 176, 4, persistent=True)),
+        (problem(100, 900, batch=8, heads_q=40, heads_kv=8), kept),  # five heads of 25 queries in 128 rows
+    ]
+    for case, config in [(problem(100, 900), None), *([] if STRIDED else in_turn)]:
         for scale in (30.0, 1e-3):
             found.append(fault(case, config, tensors=[tensor * scale for tensor in inputs(case)]))
         q, k, v = inputs(case)
         found.append(fault(case, config, tensors=[q, k[:, :, :1].expand(k.shape).contiguous(), v]))  # equal keys
         for steepness in (4, 60):  # the maximum rises in every block
-            rising = k * torch.linspace(0, steepness, 900, device=DEVICE).half()[:, None]
+            rising = k * torch.linspace(0, steepness, 900, device=DEVICE).to(k.dtype)[:, None]
             found.append(fault(case, config, tensors=[q, rising, v]))
         q[..., 0], k[..., 0] = 200.0, -200.0
         k[:, :, 450, 0] = 200.0  # one key has all the weight
@@ -243,11 +250,23 @@ def bits():
     ]
     for config in of_any_strides if STRIDED else of_tma:
         persistent = isinstance(config, Config) and config.persistent
-        fields = {"heads_q": 50, "causal": config.keys == 128} if persistent else {}
+        fields = {"heads_q": 50, "causal": config.keys == 128, "head_dim_v": 128 if config.keys == 128 else 256}
+        fields = fields if persistent else {}
         case = problem(512, 1000 if persistent else 4096, **fields)
         call = JitFlashCuda().prepare(case, *inputs(case), config=config)
         first = call().clone()
         found += [f"{config} differs" for _ in range(10) if not torch.equal(call(), first)]
+    if not STRIDED:
+        # Rows of a tile that hold no query keep what others have left in shared memory, and may not matter.
+        case, config = problem(100, 1000, batch=8, heads_q=40, heads_kv=8), Config(128, 128, 2, persistent=True)
+        call = prepared(case, *inputs(case), config=config)
+        full = problem(256, 1000, batch=2, heads_q=80)  # whose tiles have 128 rows
+        q, k, v = inputs(full)
+        litter = [prepared(full, q * scale, k, v, config=config) for scale in (math.nan, 30.0)]
+        first = call().clone()
+        for leave in litter * 3:
+            leave()
+            found += [] if torch.equal(call(), first) else [f"{config} depends on what was there before"]
     return found
 
 

@@ -67,7 +67,7 @@ constexpr int64_t TILE = 256;
 constexpr int64_t FEW_ROWS = 8;
 constexpr bool ONE_VECTOR = LANES > FEW_ROWS;  // whether panels of one vector are worth their code
 // Keys of their blocks, at most. The next block is fetched ahead, into L1 together with this one. Reading from memory on
-// EPYCs, d = 128, one query, 8 keys gave 0.80 to 0.98 of a plain read's speed, 16 0.73 to 0.94, 32 0.67 to 0.95, 64 0.70 to
+// EPYCs, d = 128, one query, 8 keys gave 0.79 to 0.98 of a plain read's speed, 16 0.73 to 0.94, 32 0.67 to 0.95, 64 0.70 to
 // 0.85. Several queries, whose softmax takes longer, are up to a tenth faster with 16 than with 8.
 constexpr int64_t FEW_KEYS = 16;
 constexpr int64_t ONE_ROW_KEYS = std::max<int64_t>(8, LANES);

@@ -9,9 +9,9 @@
 //                     of the same rows, and consumer 0 takes over what came of it
 //
 // […] are issued together: the tensor cores work on PV of one block and QK of the next while the softmax of the latter
-// waits for its scores alone. Where PERSISTENT, only a tile's first softmax looks for the greatest score. What it finds is
-// subtracted from those of the other blocks too, unless their weights add up to more than MOST_WEIGHT: then QK is
-// computed again, and the greatest score looked for. Where PARTS is 1:
+// waits for its scores alone. Where PERSISTENT and not WINDOW, only a tile's first softmax looks for the greatest score.
+// What it finds is subtracted from those of the other blocks too, unless their weights add up to more than MOST_WEIGHT:
+// then QK is computed again, and the greatest score looked for. Where PARTS is 1:
 //
 //     consumers       write their rows from registers; where PERSISTENT, the last […] of a tile has QK of the next one, and
 //                     its rows are written after the softmax of that
@@ -85,9 +85,13 @@ constexpr u32 RING_BYTES = STAGES * (K_BYTES + V_BYTES);
 constexpr u32 MERGED_BYTES = SHARED_ROWS > 1 ? (DV / 2 + 4) * WARPGROUP * 4 : 0;
 constexpr u32 BARRIER_BYTES = 8 * (6 + 4 * STAGES);
 
-// What a thread's weights of a key block add up to, at most, for the scores to be taken for small enough: far below what
-// fp16 holds. With normal queries and keys no block has more.
-constexpr float MOST_WEIGHT = 4096;
+// Whether the other key blocks are weighed by the greatest score of a tile's first. With a window many rows see no key of
+// that one, and would have to be looked at again.
+constexpr bool GUESSED = PERSISTENT && !WINDOW;
+// What a thread's weights of a key block add up to, at most, for the scores to be taken for small enough: what fp16 holds
+// goes to 2¹⁶, and bf16 and the sums of weights and values in fp32 go to 2¹²⁷. A weight's precision does not depend on it.
+constexpr float MOST_WEIGHT = BF16 ? 1.8446744e19f : 32768.0f;  // 2⁶⁴, 2¹⁵
+constexpr int TILE_ROWS = QUERIES * PACK;  // what TMA fills: the others hold what was there before
 
 // Columns of 8 keys whose weights are computed before the last products are waited for, where every block's greatest score
 // is looked for.
@@ -542,7 +546,7 @@ struct Slot {
 };
 
 __device__ __forceinline__ void load_queries(const Tile& tile, const Shared& shared, const TensorMap& map, int turn) {
-    barrier_expect(shared.q_full(turn), QUERIES * PACK * D * 2);
+    barrier_expect(shared.q_full(turn), TILE_ROWS * D * 2);
 #pragma unroll
     for (int box = 0; box < D / BOX_COLUMNS; ++box) {
         load_box(shared.q(turn) + box * ROWS * BOX_ROW_BYTES, map, shared.q_full(turn), box * BOX_COLUMNS, tile.query,
@@ -688,10 +692,10 @@ struct Softmax {
     }
 
     // Whether all of a block's scores may be weighed by the greatest one so far. Leaves weights where they may. A row that
-    // has seen no key yet has weights of +inf or NaN.
-    __device__ __forceinline__ bool guess(float (&s)[KEYS / 2], float scale) {
+    // has seen no key yet has weights of +inf or NaN. `first` and `second`: whether the tile has these two rows at all.
+    __device__ __forceinline__ bool guess(float (&s)[KEYS / 2], float scale, bool first, bool second) {
         weigh<0, KEYS / 8>(s, scale, shift);
-        return added[0] + added[1] <= MOST_WEIGHT;
+        return (first ? added[0] : 0.0f) + (second ? added[1] : 0.0f) <= MOST_WEIGHT;
     }
 
     __device__ __forceinline__ void add() { sum[0] += added[0], sum[1] += added[1]; }
@@ -837,7 +841,7 @@ struct Row {
 __device__ __forceinline__ Row out_row(const Params& p, const Tile& tile, u32 row) {
     const int query = tile.query + int(row / PACK), position = query + p.seqlen_k - p.seqlen_q;
     const u32 head = (tile.batch * p.groups.value + tile.group) * PACK + row % PACK;
-    return {i64(head) * p.seqlen_q + query, row < QUERIES * PACK && query < p.seqlen_q,
+    return {i64(head) * p.seqlen_q + query, row < TILE_ROWS && query < p.seqlen_q,
             MASKED && low_key(p, position) >= high_key(p, position)};
 }
 
@@ -958,9 +962,11 @@ __device__ __forceinline__ void attend(const Params& p, Tile& tile, const Shared
             barrier_wait(shared.v_full + 8 * slot.stage, slot.parity);
             multiply_values(weights, shared.v(slot.stage), o);
             wgmma_wait<1>();
-            if (PERSISTENT) {
+            if (GUESSED) {
                 masked(tile, index + SHARED_ROWS);
-                const bool right = softmax.guess(s, p.scale_log2);
+                const int row = first_row + thread / 32 * 16 + lane / 4;
+                const bool right = softmax.guess(s, p.scale_log2, ROWS == TILE_ROWS || row < TILE_ROWS,
+                                                 ROWS == TILE_ROWS || row + 8 < TILE_ROWS);
                 const bool wrong = any_of_warpgroup(!right, 4 + consumer);
                 wgmma_wait<0>();
                 if (wrong) {

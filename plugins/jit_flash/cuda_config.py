@@ -197,9 +197,9 @@ L2_BYTES_A_CYCLE = 4910.0
 """Of all SMs."""
 L2_BYTES, MEMORY_LOAD_BYTES_A_CYCLE, MEMORY_BYTES_A_CYCLE = 40e6, 20.0, 1750.0
 """Beyond the first, keys and values come from memory, for one SM at the second, for all at the third."""
-MULTIPLY_ADDS_A_CYCLE, IN_TURN_MULTIPLY_ADDS_A_CYCLE = 1435.0, 1785.0
-"""Of an SM's tensor cores, which do 2048 at best; the second where blocks go on from tile to tile, and do not look for
-every key block's greatest score."""
+MULTIPLY_ADDS_A_CYCLE, GUESSED_MULTIPLY_ADDS_A_CYCLE = 1435.0, 1785.0
+"""Of an SM's tensor cores, which do 2048 at best; the second where blocks go on from tile to tile without a window, and
+do not look for every key block's greatest score."""
 SOFTMAX_CYCLES_A_KEY = 2.05
 """Of 64 rows."""
 BLOCK_CYCLES, MERGE_CYCLES = 653.0, 720.0
@@ -231,7 +231,8 @@ def predicted_us(problem: Problem, config: Config, clusters: Mapping[int, int]) 
     blocks = math.ceil((max(tile_blocks) if waves == 1 else mean_blocks) / config.parts / config.shared_rows)
     running = min(launched, at_once) * config.parts
     consumers = config.rows // 64 * config.shared_rows
-    multiply_rate = IN_TURN_MULTIPLY_ADDS_A_CYCLE if config.persistent else MULTIPLY_ADDS_A_CYCLE
+    guessed = config.persistent and problem.window is None
+    multiply_rate = GUESSED_MULTIPLY_ADDS_A_CYCLE if guessed else MULTIPLY_ADDS_A_CYCLE
     products = 64 * config.keys * (d + dv) / multiply_rate
     # A consumer's softmax waits for its products, and not for those of another.
     compute = max(consumers * products, products + SOFTMAX_CYCLES_A_KEY * config.keys + BLOCK_CYCLES)
