@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from attnbench import contention, sources
@@ -55,6 +56,8 @@ def fingerprint(catalogue: Catalogue) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
+        "cudnn": _cudnn_version(),
+        "nvidia_driver": _driver_version(),
         "libraries": _own_libraries() | _libraries(catalogue),
         "plugins": _versions(catalogue, elsewhere=False),
         "plugins_of_other_interpreters": _versions(catalogue, elsewhere=True),
@@ -72,6 +75,27 @@ def fingerprint(catalogue: Catalogue) -> dict[str, Any]:
             if installed_version("torch-npu") and name not in os.environ
         },
     }
+
+
+def _cudnn_version() -> str | None:
+    """Of the cuDNN that torch loads: cuDNN counts 9.19.0 as 91900, and 8.9.2 as 8902."""
+    import torch
+
+    number: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    if number is None:
+        return None
+    major, rest = divmod(number, 10_000 if number >= 90_000 else 1_000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
+def _driver_version(told: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """What NVIDIA's kernel module says of itself in its first line."""
+    try:
+        first_line = told.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError:
+        return None
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", first_line)
+    return found[0] if found else None
 
 
 def command(arguments: list[str] | None = None) -> list[str]:

@@ -55,6 +55,8 @@ def test_the_fingerprint_is_an_allow_list():
         "threads",
         "torch_cpu_capability",
         "cuda",
+        "cudnn",
+        "nvidia_driver",
         "libraries",
         "libraries_of_other_interpreters",
         "plugins",
@@ -64,6 +66,24 @@ def test_the_fingerprint_is_an_allow_list():
         "pto_toolchain",
         "defaults_of_unset_variables",
     }
+
+
+CUDNNS = [(91_900, "9.19.0"), (8_902, "8.9.2"), (90_501, "9.5.1"), (None, None)]
+
+
+@pytest.mark.parametrize(("number", "words"), CUDNNS)
+def test_the_version_of_cudnn_is_read_from_its_number(monkeypatch, number, words):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+    assert fingerprint(CATALOGUE)["cudnn"] == words
+
+
+def test_the_driver_is_what_its_kernel_module_says(tmp_path):
+    told = tmp_path / "version"
+    assert environment._driver_version(told) is None
+    told.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue\nGCC version:  gcc 13.3.0\n")
+    assert environment._driver_version(told) == "580.159.04"
+    told.write_text("")
+    assert environment._driver_version(told) is None
 
 
 def test_the_fingerprint_says_what_a_number_depends_on():

@@ -73,7 +73,7 @@ and the version that the library had there; attnbench gives a time only to what 
 *tests* means the conformance kit in the tests, which CI runs. Where there is neither, *read* is the version whose
 interface was read, and a link leads to what was checked without a run that is committed, or could not be.
 
-`pip install 'attnbench[EXTRA]'` installs the library of one, where it has an extra; where two cannot share an
+`pip install '.[EXTRA]'` in a clone installs the library of one, where it has an extra; where two cannot share an
 environment, run one of them with `--python NAME=EXE`. Without `--backends`, `attnbench run` takes all that are
 available on the device."""
 INSTRUCTION_SETS = [isa.name for isa in ISAS]
