@@ -5,8 +5,8 @@ over the same memory. For sq = 1, sk up to 128k, as many key heads as query head
 raised until K and V are large enough. The last row of a dtype, whose K and V take half of the L3, has no limit: there
 the arithmetic counts.
 
-Printed: the bandwidth of the loop, and what jit_flash reaches of it, round by round: bytes of K and V over time.
-Medians and quartiles.
+Printed: the bandwidth of the loop; of one that reads 4 KiB of K and of V in turn, as the kernel does, and of jit_flash
+what they reach of it, round by round: bytes of K and V over time. Medians and quartiles.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ MOST_BYTES = 1536 << 20
 """What K and V may take; where 4 × the L3 is more, the row is without a limit."""
 READ_BYTES = 128 << 20
 """The loop reads as much at least, in as many passes: several milliseconds at 20 GB/s."""
+BLOCK_BYTES = 4 << 10
+"""Of K or V: 8 keys of 128 in fp32."""
 
 
 def kv_bytes(problem: Problem) -> int:
@@ -76,7 +78,7 @@ def main() -> int:
     report = cpu_bounds.Report()
     l3_bytes = total_cache_bytes(3) or last_level_cache_bytes()
     memory = torch.empty(MOST_BYTES, dtype=torch.uint8)
-    table = Table("dtype", "Batch", "Heads", "sk", "K and V, MiB", "× L3", "Loop GB/s", "jit_flash")
+    table = Table("dtype", "Batch", "Heads", "sk", "K and V, MiB", "× L3", "Loop GB/s", "In turn", "jit_flash")
     for dtype in options.dtype:
         for problem in problems(dtype, l3_bytes):
             size = kv_bytes(problem)
@@ -86,7 +88,7 @@ def main() -> int:
                 return size / kernel.call_us() / 1e3
 
             read = partial(cpu_bounds.read_gbps, memory[:size], report.threads, -(-READ_BYTES // size))
-            loop, ours = in_turn(options.rounds, read, kernel_gbps)
+            loop, turns, ours = in_turn(options.rounds, read, partial(read, block=BLOCK_BYTES), kernel_gbps)
             share = Spread.of_ratios(ours, loop)
             table.add(
                 dtype,
@@ -96,6 +98,7 @@ def main() -> int:
                 f"{size / 2**20:.0f}",
                 f"{size / l3_bytes:.1f}",
                 Spread.of(loop).text("{:.1f}"),
+                Spread.of_ratios(turns, loop).text("{:.0%}"),
                 share.text("{:.0%}"),
                 value=share.median,
                 at_least=LIMIT if size > 4 * l3_bytes else None,
