@@ -66,12 +66,12 @@ namespace {
 constexpr int64_t TILE = 256;
 constexpr int64_t FEW_ROWS = 8;
 constexpr bool ONE_VECTOR = LANES > FEW_ROWS;  // whether panels of one vector are worth their code
-// Keys of their blocks, at most. The next block is fetched ahead, into L1 together with this one. Reading from memory on
-// EPYCs, d = 128, one query, 8 keys gave 0.79 to 0.98 of a plain read's speed, 16 0.73 to 0.94, 32 0.67 to 0.95, 64 0.70 to
-// 0.85. Several queries, whose softmax takes longer, are up to a tenth faster with 16 than with 8.
-constexpr int64_t FEW_KEYS = 16;
-constexpr int64_t ONE_ROW_KEYS = std::max<int64_t>(8, LANES);
-static_assert(FEW_KEYS % ONE_ROW_KEYS == 0 && ONE_ROW_KEYS % LANES == 0);
+// Keys of their blocks: KEYS_PER_ROW for each row, up to FEW_KEYS. One query was fastest with 8 (docs/kernels/jit_flash.md);
+// the softmax of several, during which little is read, takes less of the time the longer a block is.
+constexpr int64_t KEYS_PER_ROW = 8;
+constexpr int64_t FEW_KEYS = 32;
+constexpr int64_t KEY_GROUP = std::max<int64_t>(8, LANES);  // whose products with a row are summed together
+static_assert(FEW_KEYS % KEY_GROUP == 0 && KEY_GROUP % LANES == 0);
 // Keys whose values are added up before they are added to others, where rows are few: their sums are short otherwise.
 constexpr int64_t FEW_ROWS_KEYS = 16384;
 constexpr int64_t MAX_DIM = 256;
@@ -344,36 +344,42 @@ void attend(const flash_args& args, const Plan& plan, const Tile& tile, int64_t 
 
 // Lanes lie along the head dimension here, and K and V are read where they are, from memory once.
 
-// s[key] = q · k for ROWS rows. AT_ONCE × ROWS = 8 sums are kept in registers.
+// s[key] = q · k for ROWS rows, whose vectors lie side by side, and `keys` keys; what is left of the last group belongs to
+// no key. AT_ONCE × ROWS = 8 sums are kept in registers.
 template <class T, int ROWS>
-void dot_keys(const T* k, int64_t stride, int64_t keys, int64_t dim, const float* q, int64_t q_pitch, float* s,
-              Ahead& ahead) {
+void dot_keys(const T* k, int64_t stride, int64_t keys, int64_t dim, const float* q, float* s, Ahead& ahead) {
     constexpr int AT_ONCE = 8 / ROWS;
-    constexpr int64_t LINE = elements_of_line<T>(), LINES = AT_ONCE * LANES / LINE;  // as many as one step reads
-    for (int64_t key = 0; key < keys; key += AT_ONCE) {
-        vec sum[AT_ONCE][ROWS] = {};
-        const T* row[AT_ONCE];
-        for (int j = 0; j < AT_ONCE; ++j) row[j] = k + std::min(key + j, keys - 1) * stride;
-        const auto add = [&](int64_t i, int64_t count) {
-            UNROLL
-            for (int j = 0; j < AT_ONCE; ++j) {
-                const vec x = load_part(row[j] + i, count);
+    constexpr int64_t LINE = elements_of_line<T>(), STEP = std::max<int64_t>(LANES, LINE);
+    for (int64_t first = 0; first < keys; first += KEY_GROUP) {
+        vec sums[ROWS][KEY_GROUP];
+        for (int64_t at = 0; at < KEY_GROUP; at += AT_ONCE) {
+            vec sum[AT_ONCE][ROWS] = {};
+            const T* row[AT_ONCE];
+            for (int j = 0; j < AT_ONCE; ++j) row[j] = k + std::min(first + at + j, keys - 1) * stride;
+            const auto add = [&](int64_t i, int64_t count) {
+                vec x[AT_ONCE];
                 UNROLL
-                for (int r = 0; r < ROWS; ++r) sum[j][r] += x * load(q + r * q_pitch + i);
+                for (int j = 0; j < AT_ONCE; ++j) x[j] = load_part(row[j] + i, count);
+                UNROLL
+                for (int r = 0; r < ROWS; ++r) {
+                    const vec y = in_register(load(q + i * ROWS + r * LANES));
+                    UNROLL
+                    for (int j = 0; j < AT_ONCE; ++j) sum[j][r] += x[j] * y;
+                }
+            };
+            int64_t i = 0;
+            for (; i + STEP <= dim; i += STEP) {
+                ahead.fetch(AT_ONCE * STEP / LINE);
+                UNROLL
+                for (int64_t vector = 0; vector < STEP; vector += LANES) add(i + vector, LANES);
             }
-        };
-        int64_t i = 0;
-        for (; i + LINE <= dim; i += LINE) {
-            if constexpr (LINES == 0) ahead.fetch(AT_ONCE);
-            UNROLL
-            for (int64_t at = 0; at < LINE; at += LANES) {
-                ahead.fetch(LINES);
-                add(i + at, LANES);
-            }
+            for (; i < dim; i += LANES) add(i, dim - i);
+            for (int j = 0; j < AT_ONCE; ++j)
+                for (int r = 0; r < ROWS; ++r) sums[r][at + j] = sum[j][r];
         }
-        for (; i < dim; i += LANES) add(i, dim - i);
-        for (int j = 0; j < AT_ONCE && key + j < keys; ++j)
-            for (int r = 0; r < ROWS; ++r) s[r * FEW_KEYS + key + j] = sum_of_lanes(sum[j][r]);
+        for (int r = 0; r < ROWS; ++r)
+            for (int64_t at = 0; at < KEY_GROUP; at += LANES)
+                store(s + r * FEW_KEYS + first + at, sums_of_lanes(sums[r] + at));
     }
 }
 
@@ -381,21 +387,30 @@ void dot_keys(const T* k, int64_t stride, int64_t keys, int64_t dim, const float
 template <class T, int ROWS, int COLUMNS = 8 / ROWS>
 void add_values(const T* v, int64_t stride, int64_t keys, int64_t dim, const float* p, const float* alpha, float* o,
                 int64_t o_pitch, Ahead& ahead) {
+    constexpr int64_t LINE = elements_of_line<T>(), TOGETHER = std::max<int64_t>(1, LINE / (COLUMNS * LANES));
+    constexpr int64_t LINES = TOGETHER * COLUMNS * LANES / LINE;
     for (int64_t i = 0; i < dim; i += COLUMNS * LANES) {
         if constexpr (COLUMNS > 1)
             if (dim - i < COLUMNS * LANES)
                 return add_values<T, ROWS, COLUMNS / 2>(v + i, stride, keys, dim - i, p, alpha, o + i, o_pitch, ahead);
         vec sum[ROWS][COLUMNS] = {};
         const T* row = v + i;
-        for (int64_t key = 0; key < keys; ++key, row += stride) {
-            ahead.fetch(std::max<int64_t>(1, COLUMNS * LANES / elements_of_line<T>()));
+        const auto add = [&](int64_t key) {
             UNROLL
             for (int column = 0; column < COLUMNS; ++column) {
                 const vec x = load_part(row + column * LANES, COLUMNS > 1 ? LANES : dim - i);
                 UNROLL
                 for (int r = 0; r < ROWS; ++r) sum[r][column] += p[r * FEW_KEYS + key] * x;
             }
+            row += stride;
+        };
+        int64_t key = 0;
+        for (; key + TOGETHER <= keys; key += TOGETHER) {
+            ahead.fetch(LINES);
+            UNROLL
+            for (int j = 0; j < TOGETHER; ++j) add(key + j);
         }
+        for (; key < keys; ++key) add(key);
         UNROLL
         for (int r = 0; r < ROWS; ++r) {
             UNROLL
@@ -404,6 +419,39 @@ void add_values(const T* v, int64_t stride, int64_t keys, int64_t dim, const flo
                 store(to, load(to) * alpha[r] + sum[r][column]);
             }
         }
+    }
+}
+
+// As softmax(), for ROWS rows of `keys` scores, whole vectors of them.
+template <int ROWS> void softmax_few(int64_t keys, float scale, float* s, float* top, float* sum, float* alpha) {
+    vec highest[ROWS], total[ROWS] = {}, down = {};
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) highest[r] = broadcast(top[r]);
+    for (int64_t i = 0; i < keys; i += LANES) {
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) highest[r] = maximum(highest[r], load(s + r * FEW_KEYS + i));
+    }
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+        const float most = maximum_of_lanes(highest[r]);
+        highest[r] = broadcast(most);
+        if constexpr (ROWS == 1) down = broadcast(top[r] - most);
+        else down[r] = top[r] - most;
+        top[r] = most;
+    }
+    for (int64_t i = 0; i < keys; i += LANES) {
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) {
+            const vec p = exp2((load(s + r * FEW_KEYS + i) - highest[r]) * scale);
+            store(s + r * FEW_KEYS + i, p);
+            total[r] += p;
+        }
+    }
+    const vec factor = exp2(down * scale);
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+        alpha[r] = factor[r];
+        sum[r] = sum[r] * factor[r] + sum_of_lanes(total[r]);
     }
 }
 
@@ -422,41 +470,37 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
     const T* k = static_cast<const T*>(args.k) + tile.offset_kv(args, args.k_stride);
     const T* v = static_cast<const T*>(args.v) + tile.offset_kv(args, args.v_stride);
     float *s = scratch.s, alpha[FEW_ROWS];
-    for (int64_t row = 0; row < tile.rows; ++row) {
-        const T* q = static_cast<const T*>(args.q) + tile.offset(args.q_stride, row);
-        for (int64_t i = 0; i < args.head_dim; i += LANES)
-            store(scratch.q + row * plan.dim + i, load_part(q + i, args.head_dim - i));
-        std::fill_n(part.o + row * plan.dim_v, plan.dim_v, 0.0f);
-        part.top[row] = LOWEST, part.sum[row] = 0.0f;
-    }
-    const int64_t block = tile.rows == 1 ? ONE_ROW_KEYS : FEW_KEYS;
+    for_rows(tile.rows, [&](int64_t first, auto count) {  // as dot_keys() reads them
+        for (int64_t row = 0; row < count; ++row) {
+            const T* q = static_cast<const T*>(args.q) + tile.offset(args.q_stride, first + row);
+            for (int64_t i = 0; i < args.head_dim; i += LANES)
+                store(scratch.q + first * plan.dim + i * count + row * LANES, load_part(q + i, args.head_dim - i));
+        }
+    });
+    std::fill_n(part.o, tile.rows * plan.dim_v, 0.0f);
+    std::fill_n(part.top, tile.rows, LOWEST);
+    std::fill_n(part.sum, tile.rows, 0.0f);
+    const int64_t block = std::min(FEW_KEYS, round_up(KEYS_PER_ROW * tile.rows, KEY_GROUP));
     for (int64_t key = low; key < high; key += block) {
-        const int64_t keys = std::min(block, high - key);
+        const int64_t keys = std::min(block, high - key), after = std::min(block, high - key - keys);
         const T *k_block = k + key * args.k_stride[2], *v_block = v + key * args.v_stride[2];
-        const int64_t after = std::min(block, high - key - keys);
         Ahead v_ahead(v_block, args.v_stride[2], keys, args.head_dim_v);  // while there are the products with K
         Ahead k_ahead(k_block + keys * args.k_stride[2], args.k_stride[2], after, args.head_dim);
         for_rows(tile.rows, [&](int64_t row, auto count) {
-            dot_keys<T, count>(k_block, args.k_stride[2], keys, args.head_dim, scratch.q + row * plan.dim, plan.dim,
+            dot_keys<T, count>(k_block, args.k_stride[2], keys, args.head_dim, scratch.q + row * plan.dim,
                                s + row * FEW_KEYS, v_ahead);
         });
-        for (int64_t row = 0; row < tile.rows; ++row) {
-            const Range seen(args, tile.row(row));
-            float* scores = s + row * FEW_KEYS;
-            std::fill(scores, scores + std::clamp<int64_t>(seen.low - key, 0, keys), -INF);
-            std::fill(scores + std::clamp<int64_t>(seen.high - key, 0, keys), scores + block, -INF);
-            vec highest = broadcast(part.top[row]), total = {};
-            for (int64_t i = 0; i < block; i += LANES) highest = maximum(highest, load(scores + i));
-            const float top = maximum_of_lanes(highest);
-            alpha[row] = exp2(broadcast((part.top[row] - top) * scale))[0];
-            for (int64_t i = 0; i < block; i += LANES) {
-                const vec p = exp2((load(scores + i) - top) * scale);
-                store(scores + i, p);
-                total += p;
+        if (keys < block || key < tile.last.low || tile.first.high < key + keys) {
+            for (int64_t row = 0; row < tile.rows; ++row) {
+                const Range seen(args, tile.row(row));
+                float* scores = s + row * FEW_KEYS;
+                std::fill(scores, scores + std::clamp<int64_t>(seen.low - key, 0, keys), -INF);
+                std::fill(scores + std::clamp<int64_t>(seen.high - key, 0, keys), scores + block, -INF);
             }
-            part.top[row] = top;
-            part.sum[row] = part.sum[row] * alpha[row] + sum_of_lanes(total);
         }
+        for_rows(tile.rows, [&](int64_t row, auto count) {
+            softmax_few<count>(block, scale, s + row * FEW_KEYS, part.top + row, part.sum + row, alpha + row);
+        });
         for_rows(tile.rows, [&](int64_t row, auto count) {
             add_values<T, count>(v_block, args.v_stride[2], keys, args.head_dim_v, s + row * FEW_KEYS, alpha + row,
                                  part.o + row * plan.dim_v, plan.dim_v, k_ahead);

@@ -73,25 +73,25 @@ public:
     // Where all is to be fetched in `calls` equal shares.
     template <class T>
     Ahead(const T* rows, int64_t stride, int64_t count, int64_t dim, int64_t calls = 1)
-        : line_(reinterpret_cast<const char*>(rows)), stride_(stride * int64_t{sizeof(T)}), bytes_(dim * int64_t{sizeof(T)}),
-          rows_left_(count), share_(ceil_div(count * ceil_div(bytes_, LINE_BYTES), calls)) {
+        : row_(reinterpret_cast<const char*>(rows)), line_(row_), end_(row_), stride_(stride * int64_t{sizeof(T)}),
+          bytes_(dim * int64_t{sizeof(T)}), rows_left_(count), share_(ceil_div(count * ceil_div(bytes_, LINE_BYTES), calls)) {
         if (stride_ == bytes_ && count > 0) bytes_ *= count, rows_left_ = 1;  // rows without gaps are one
-        end_ = line_ + bytes_;
     }
 
     void fetch() { fetch(share_); }
     [[gnu::always_inline]] void fetch(int64_t lines) {
-        for (; lines > 0 && rows_left_ > 0; --lines) {
+        for (; lines > 0; --lines, line_ += LINE_BYTES) {
+            if (line_ >= end_) {
+                if (rows_left_ <= 0) return;
+                line_ = row_, end_ = row_ + bytes_, row_ += stride_, --rows_left_;
+            }
             __builtin_prefetch(line_, 0, 3);
-            line_ += LINE_BYTES;
-            if (line_ >= end_) line_ = end_ += stride_, line_ -= bytes_, --rows_left_;
         }
     }
 
 private:
-    const char* line_;
+    const char *row_, *line_, *end_;
     int64_t stride_, bytes_;
-    const char* end_;
     int64_t rows_left_, share_;
 };
 

@@ -44,9 +44,9 @@ constexpr char ISA[] = "neon";
 constexpr int LANES = 4, MICRO_ROWS = 6, MICRO_VECS = 2;  // 12 of 16
 constexpr char ISA[] = "portable";
 #endif
-// Steps that are summed before the sum is added to others (AMX, which is for bf16 alone, has no such end): rounding errors grow with the length of a sum. 64 cost 2.5 %
-// of the speed, and make the largest fp32 errors 0.6 to 1.05 times those of torch's sdpa instead of 0.9 to 1.6 times
-// (benchmarks/cpu_accuracy.py). Without FMA each product is rounded too.
+// Steps that are summed before the sum is added to others (AMX, which is for bf16 alone, has no such end): rounding errors
+// grow with the length of a sum. 64 cost 2.5 % of the speed, and make the largest fp32 errors 0.6 to 1.05 times those of
+// torch's sdpa instead of 0.9 to 1.6 times (benchmarks/accuracy.py). Without FMA each product is rounded too.
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr int SUMMED_STEPS = 64;
 #else
@@ -109,6 +109,16 @@ inline vec load_bits(const void* from) {
     return x;
 }
 inline vec load(const float* from) { return load_bits(from); }
+
+// x itself, loaded once: of what is used several times, g++ would make a load for each use.
+inline vec in_register(vec x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
 
 inline uvec load_wide(const void* from) {
     svec bits;
@@ -243,6 +253,14 @@ template <class F, int BY = LANES / 2> inline float over_lanes(vec x, const F& f
 }
 inline float sum_of_lanes(vec x) {
     return over_lanes(x, [](vec a, vec b) { return a + b; });
+}
+// Lane i of the result is the sum of x[i]'s lanes, for LANES vectors, which are lost.
+template <int SIZE = LANES / 2> inline vec sums_of_lanes(vec* x) {
+    UNROLL
+    for (int i = 0; i < SIZE; ++i)
+        x[i] = shuffle<Swap<SIZE, false>>(x[i], x[i + SIZE]) + shuffle<Swap<SIZE, true>>(x[i], x[i + SIZE]);
+    if constexpr (SIZE > 1) return sums_of_lanes<SIZE / 2>(x);
+    else return x[0];
 }
 inline float maximum_of_lanes(vec x) { return over_lanes(x, maximum); }
 
