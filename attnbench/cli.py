@@ -339,7 +339,7 @@ def run(
     pto's lengths. --dtype and --causal go with both.
     """
     with data_stream() as stream:
-        from attnbench import api, ledger
+        from attnbench import api, ledger, store
         from attnbench.ledger import Ledger
         from attnbench.protocol import make_protocol
 
@@ -363,6 +363,8 @@ def run(
             if not selection.names_problems:
                 suite_before = earlier.suite
             selection = selection.over(earlier.selection)
+        elif out is not None:  # before the seconds that finding out about the machine takes
+            store.require_free(out)
         timeout = _timeout(timeout)
         settings = api.Settings(protocol=how, seed=seed or 0, timeout_s=timeout, isolate=not no_isolate)
         if watch:
@@ -642,7 +644,8 @@ def _tell_plan(the_plan: Plan, how: str) -> None:
     names = ", ".join(entry.name for entry in the_plan.entries)
     cores = f", {the_plan.info.cores} cores" if the_plan.info.cores else ""
     say(f"{the_plan.info.kind}: {the_plan.info.name}{cores}")
-    say(f"suite {the_plan.suite.name}: {len(the_plan.suite)} problems, {dtypes}; {how}; {names}")
+    problems = f"{len(the_plan.suite)} problem" + ("s" if len(the_plan.suite) > 1 else "")
+    say(f"suite {the_plan.suite.name}: {problems}, {dtypes}; {how}; {names}")
 
 
 def _print_plan(out: TextIO, the_plan: Plan, as_json: bool) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from attnbench import devices
 from attnbench.devices import Device, DeviceInfo
 from attnbench.errors import AttnbenchError, ExitCode
-from attnbench.problem import DTYPES, PTO_SEQLENS_K, PTO_SEQLENS_Q, DeviceKind, Problem, Suite, load_suite
+from attnbench.problem import DEVICE_KINDS, DTYPES, PTO_SEQLENS_K, PTO_SEQLENS_Q, DeviceKind, Problem, Suite, load_suite
 from attnbench.registry import BackendInfo, Catalogue, EntryPointRef, PluginInfo
 from attnbench.result import Status
 
@@ -222,14 +222,20 @@ def match(
         return starts[0]
     if starts:
         raise AttnbenchError(f"backend {word!r} could be {', '.join(starts)}", "write more of its name")
-    hint = f"a backend in a file is {word}:NAME" if word.endswith(".py") else closest(word, [*known, *also])
+    if word.endswith(".py"):
+        hint = f"a backend in a file is {word}:NAME"
+    elif word in DEVICE_KINDS:
+        hint = f"it is a device: --device {word}"
+    else:
+        hint = closest(word, [*known, *also])
     raise AttnbenchError(miss or f"no backend is called {word!r}", hint)
 
 
 def closest(word: str, known: Collection[str]) -> str:
     """A hint: the nearest name, or all of them."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
+    begins = {name[: len(word)]: name for name in known} | {name: name for name in known}
+    near = difflib.get_close_matches(word.lower(), begins, n=1, cutoff=0.65)
+    return f"did you mean {begins[near[0]]}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
 
 
 def choose_suite(selection: Selection, catalogue: Catalogue) -> Suite:

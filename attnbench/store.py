@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -206,14 +207,25 @@ def _make(path: Path, fresh: bool) -> list[Path]:
             raise
     except OSError as error:
         raise _cannot("make", path, error, NOTHING_RAN) from error
-    try:
-        occupied = not path.is_dir() or any(path.iterdir())
-    except OSError as error:
-        raise _cannot("read", path, error, NOTHING_RAN) from error
-    if occupied:
-        what = "holds a run already" if (path / RUN_FILE).is_file() else "exists and is not a run"
-        raise AttnbenchError(f"{path} {what}", "name a new or an empty folder with --out")
+    require_free(path)
     return []
+
+
+def require_free(path: Path) -> None:
+    """Raises AttnbenchError where a run cannot be made at `path`, as far as that can be told without making one."""
+    try:
+        if os.path.lexists(path):
+            if path.is_dir() and not any(path.iterdir()):
+                return
+            what = "holds a run already" if (path / RUN_FILE).is_file() else "exists and is not a run"
+            raise AttnbenchError(f"{path} {what}", "name a new or an empty folder with --out")
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _cannot("make", path, error, NOTHING_RAN) from error
 
 
 def _unmake(path: Path, made: Sequence[Path]) -> None:
@@ -270,6 +282,19 @@ class Record:
     header: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """run.json, empty for a CSV."""
     warnings: tuple[str, ...] = ()
+    gaps: Gaps | None = None
+    """What an interrupted run has not done; None where nothing is missing."""
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Cases, each a problem and a backend, that a run was asked for and has not finished."""
+
+    missing: int
+    """Of which nothing is known."""
+    short: int
+    """With fewer blocks than asked for."""
+    of: int
 
 
 def load(path: Path, device_name: str | None = None) -> Record:
@@ -331,14 +356,25 @@ def _load_run(path: Path) -> Record:
     ]
     if not results and not unfinished:
         raise AttnbenchError(f"{path / RECORD_FILE} holds no results", "the run ended before its first case did")
-    if unfinished:
-        warnings.append(
-            f"{len(unfinished)} cases have fewer blocks than asked for: attnbench run --resume {path} goes on"
-        )
     ordered = in_plan_order([*results, *unfinished], header)
     return Record(
-        path, tuple(row(result, device) for result in ordered), device, tuple(ordered), header, tuple(warnings)
+        path,
+        tuple(row(result, device) for result in ordered),
+        device,
+        tuple(ordered),
+        header,
+        tuple(warnings),
+        _gaps(header, len(ordered), len(unfinished)),
     )
+
+
+def _gaps(header: Mapping[str, Any], known: int, short: int) -> Gaps | None:
+    try:
+        asked = len(header["suite"]["cases"]) * len(header["backends"])
+    except (KeyError, TypeError):  # of a version that did not record it
+        asked = known
+    missing = max(0, asked - known)
+    return Gaps(missing, short, known + missing) if missing or short else None
 
 
 def _cut_files(path: Path) -> list[str]:

@@ -108,7 +108,8 @@ def test_a_prefix_of_one_backend_of_the_device_is_unique_whatever_others_have():
 
 
 @pytest.mark.parametrize(
-    ("word", "nearest"), [("sdap", "sdpa"), ("gem_ref", "gemm_ref"), ("npu_fuzed", "npu_fused_attention")]
+    ("word", "nearest"),
+    [("sdap", "sdpa"), ("gem_ref", "gemm_ref"), ("npu_fuzed", "npu_fused_attention"), ("SDPA", "sdpa")],
 )
 def test_a_miss_names_the_closest(word, nearest):
     error = error_of(resolve_backends, f"jit_flash,{word}", CATALOGUE)
@@ -117,10 +118,15 @@ def test_a_miss_names_the_closest(word, nearest):
     assert error.exit_code == 2
 
 
+def test_a_device_is_no_backend():
+    assert error_of(resolve_backends, "cuda", CATALOGUE).hint == "it is a device: --device cuda"
+
+
 def test_a_miss_with_nothing_near_names_all():
     hint = error_of(resolve_backends, "zzz", CATALOGUE).hint
     assert hint == "there are exotic, gemm_ref, jit_flash, npu_fused_attention, old_kernel, sdk_attention, sdpa"
     assert closest("zzz", []) == "there are none"
+    assert closest("flash_attn", ["jit_flash", "sdpa"]) == "there are jit_flash, sdpa", "half a name alone"
 
 
 @pytest.mark.parametrize("word", ["exotic", "exo"])

@@ -528,8 +528,9 @@ def write_blocks(writer: RunWriter, state: Progress) -> None:
 
 @pytest.fixture
 def unfinished(tmp_path: Path) -> Path:
-    """A run with one finished case, and a problem of two backends with three blocks."""
-    writer = RunWriter(tmp_path / "unfinished", header(), DEVICE)
+    """A run of two problems and backends: one finished case, and three blocks of the other problem."""
+    asked = {"suite": {"cases": [case(1).problem.case_id, case(2).problem.case_id]}, "backends": ["jit_flash", "sdpa"]}
+    writer = RunWriter(tmp_path / "unfinished", header() | asked, DEVICE)
     writer.add([case(1)])
     write_blocks(writer, progress(2, 3, "jit_flash", "sdpa"))
     writer.close()
@@ -543,8 +544,11 @@ def test_the_blocks_of_an_unfinished_run_are_shown_with_a_note(unfinished: Path)
     assert record.results[1].measurement.blocks == ((10.0,), (20.0,), (30.0,))
     assert record.results[1].used_cores == 3
     assert [r["n_blocks"] for r in record.rows] == [2, 3, 3]
+    assert record.warnings == ()
+    assert record.gaps == store.Gaps(missing=1, short=2, of=4)
     hint = f"attnbench run --resume {record.source} goes on"
-    assert record.warnings == (f"2 cases have fewer blocks than asked for: {hint}",)
+    incomplete = f"Warning: interrupted: of 4 cases 1 is missing and 2 have fewer blocks than asked for: {hint}"
+    assert incomplete in Tables(record).render()
 
 
 def test_a_run_is_reopened_with_all_that_it_got_to(unfinished: Path) -> None:

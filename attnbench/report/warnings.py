@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from attnbench.report.text import share
 from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, NPU_GRAPH, Conditions
 from attnbench.rows import Row
-from attnbench.store import Record
+from attnbench.store import Gaps, Record
 
 NEXT_BUDGET_S = 60.0
 NOISY_SHARE = 0.05
@@ -131,13 +132,29 @@ class OneBlock:
         return "one block gives no interval and no verdict: leave --iters out or give at least 40, and let the run end"
 
 
-Warning = Noisy | LaunchBound | Disturbed | Throttled | HostBound | TimedOtherwise | OneBlock
+@dataclass(frozen=True)
+class Incomplete:
+    """A run that was interrupted."""
+
+    gaps: Gaps
+    path: Path
+
+    def __str__(self) -> str:
+        gaps = self.gaps
+        missing = f"{gaps.missing} {'is' if gaps.missing == 1 else 'are'} missing"
+        short = f"{gaps.short} {'has' if gaps.short == 1 else 'have'} fewer blocks than asked for"
+        parts = [*([missing] if gaps.missing else []), *([short] if gaps.short else [])]
+        return f"interrupted: of {gaps.of} cases {' and '.join(parts)}: attnbench run --resume {self.path} goes on"
+
+
+Warning = Incomplete | Noisy | LaunchBound | Disturbed | Throttled | HostBound | TimedOtherwise | OneBlock
 
 
 def of(record: Record) -> list[Warning]:
     """All warnings of a run or CSV."""
     timed = [row for row in record.rows if row["time_us"] is not None]
     return [
+        *([Incomplete(record.gaps, record.source)] if record.gaps else []),
         *_throttled_or_disturbed(_conditions(record)),
         *_noisy(timed, *_next_budget(record.header)),
         *_one_block(timed),
