@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnbench import settings
+from attnbench import running, settings
 from attnbench.console import Progress, complain, data_stream, say, write, write_json, write_table
-from attnbench.errors import AttnbenchError, ExitCode, in_a_line
+from attnbench.errors import AttnbenchError, ExitCode
 from attnbench.options import (
     AsJson,
     Backends,
@@ -37,11 +36,8 @@ from attnbench.options import (
 )
 
 if TYPE_CHECKING:
-    from attnbench.api import Outcome, Settings
-    from attnbench.ledger import Ledger
-    from attnbench.plan import Plan, Selection
-    from attnbench.problem import DeviceKind, Suite
-    from attnbench.registry import Catalogue, EntryPointRef
+    from attnbench.plan import Selection
+    from attnbench.problem import DeviceKind
 
 # No rich markup: help stays fast, and no text from outside is taken for markup.
 app = typer.Typer(name="attnbench", rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -50,13 +46,8 @@ plugins_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
 app.add_typer(plugins_app, name="plugins")
 
-DEFAULT_FORMAT = "github"
 NO_PATH = ""
 """What no path is."""
-WATCH_EVERY_S = 0.3
-"""How often --watch looks at the sources."""
-BUSY_SHARE = 0.1
-"""With one of two cores taken, OpenMP's barriers made a 40 µs call take 8 ms."""
 
 
 def _version(wanted: bool) -> None:
@@ -91,7 +82,7 @@ def list_backends(
     from attnbench.problem import DEVICE_KINDS
 
     with data_stream() as out:
-        catalogue = _discover(no_plugin, python)
+        catalogue = running.discover(no_plugin, python)
         kind = None
         if device is not None:
             from attnbench import devices
@@ -122,7 +113,7 @@ def list_backends(
                 for b in found
             ]
             write_table(out, ("backend", "device", "available", "from", "library", "summary", "why not"), rows)
-        _tell_failures(catalogue)
+        running.tell_failures(catalogue)
 
 
 @plugins_app.callback(invoke_without_command=True)
@@ -139,7 +130,7 @@ def plugins(
     if context.invoked_subcommand is not None:
         return
     with data_stream() as out:
-        catalogue = _discover(no_plugin, python)
+        catalogue = running.discover(no_plugin, python)
         if as_json:
             write_json(
                 out,
@@ -191,7 +182,7 @@ def plugins_check(
         from attnbench.testing.conform import FAILED
 
         api.require_timeout(timeout)
-        catalogue = _discover(None, python, plan.files_of(plan.Selection(backends=name)))
+        catalogue = running.discover(None, python, plan.files_of(plan.Selection(backends=name)))
         kind = None if device is None else devices.choose(device).kind
         names = plan.resolve_backends(name, catalogue, "plugins check", kind=kind)
         if len(names) > 1:
@@ -268,8 +259,8 @@ def check(
         from attnbench import api
 
         timeout = _timeout(timeout)
-        catalogue, the_plan = _plan(selection, no_plugin, python)
-        _tell_plan(the_plan, "correctness alone")
+        catalogue, the_plan = running.make_plan(selection, no_plugin, python)
+        running.tell_plan(the_plan, "correctness alone")
         from attnbench.report.tables import check_table
 
         with Progress(verbose) as observer:
@@ -277,7 +268,7 @@ def check(
         if as_json:
             write_json(out, [result.to_json() for result in results])
         else:
-            write(out, check_table(results, DEFAULT_FORMAT))
+            write(out, check_table(results, running.DEFAULT_FORMAT))
         _end(api.exit_code(results))
 
 
@@ -368,13 +359,14 @@ def run(
         timeout = _timeout(timeout)
         settings = api.Settings(protocol=how, seed=seed or 0, timeout_s=timeout, isolate=not no_isolate)
         if watch:
-            _watch(stream, selection, no_plugin, python, settings, verbose)
-        with books.spend(ledger.START):
-            catalogue, the_plan = _plan(selection, no_plugin, python, suite_before)
-        if dry_run:
-            _print_plan(stream, the_plan, as_json)
+            _end(running.watch(stream, selection, no_plugin, python, settings, verbose))
             return
-        outcome = _execute(stream, the_plan, settings, catalogue, books, verbose, as_json, out, going_on)
+        with books.spend(ledger.START):
+            catalogue, the_plan = running.make_plan(selection, no_plugin, python, suite_before)
+        if dry_run:
+            running.print_plan(stream, the_plan, as_json)
+            return
+        outcome = running.execute(stream, the_plan, settings, catalogue, books, verbose, as_json, out, going_on)
         _end(outcome.exit_code)
 
 
@@ -383,7 +375,7 @@ def report(
     source: Annotated[str, typer.Argument(help="A run directory, or a CSV.", metavar="RUN|CSV")],
     format: Annotated[
         str, typer.Option(help="csv, or a format of tabulate: github, plain, latex, html, …", metavar="NAME")
-    ] = DEFAULT_FORMAT,
+    ] = running.DEFAULT_FORMAT,
     baseline: Baseline = None,
     device_name: Annotated[str | None, typer.Option(help="The device that a CSV's numbers are of.")] = None,
 ) -> None:
@@ -411,7 +403,7 @@ def env(no_plugin: NoPlugin = None, python: Python = None, as_json: AsJson = Fal
     with data_stream() as out:
         from attnbench import environment
 
-        facts = environment.fingerprint(_discover(no_plugin, python))
+        facts = environment.fingerprint(running.discover(no_plugin, python))
         if as_json:
             write_json(out, facts)
             return
@@ -455,35 +447,6 @@ def cache_clear() -> None:
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _discover(
-    no_plugin: Sequence[str] | None, python: Sequence[str] | None, files: Sequence[EntryPointRef] = ()
-) -> Catalogue:
-    from attnbench import discovery
-
-    if os.environ.get(settings.AUTOLOAD) == "1":  # or every plugin would fail at it, each in other words
-        try:
-            import torch  # noqa: F401
-        except Exception as error:
-            why = in_a_line(error.__cause__ or error)
-            hint = "unset it: attnbench imports a device's package itself, and tells why it cannot"
-            raise AttnbenchError(f"under {settings.AUTOLOAD}=1 torch cannot be imported: {why}", hint) from error
-    return discovery.discover(frozenset(no_plugin or ()), _interpreters(python or ()), files)
-
-
-def _interpreters(words: Sequence[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for word in words:
-        name, _, executable = (part.strip() for part in word.partition("="))
-        if not name or not executable:
-            raise AttnbenchError(
-                f"--python must be NAME=EXE, not {word!r}", "for example --python flash=/envs/flash/bin/python"
-            )
-        if name in found:
-            raise AttnbenchError(f"--python gives {name} two interpreters", "give one")
-        found[name] = executable
-    return found
-
-
 def _loaded_by(python: str) -> str:
     from attnbench.text import without_home
 
@@ -514,152 +477,6 @@ def _run_to_resume(resume: str, out: Path | None) -> Path:
     if out is None:
         raise AttnbenchError("--resume names no run", "attnbench run --resume RUN")
     return out
-
-
-def _plan(
-    selection: Selection,
-    no_plugin: Sequence[str] | None,
-    python: Sequence[str] | None,
-    suite: Suite | None = None,
-) -> tuple[Catalogue, Plan]:
-    from attnbench import plan
-
-    catalogue = _discover(no_plugin, python, plan.files_of(selection))
-    _tell_failures(catalogue)
-    return catalogue, plan.make(selection, catalogue, suite)
-
-
-def _execute(
-    stream: TextIO,
-    the_plan: Plan,
-    settings: Settings,
-    catalogue: Catalogue,
-    books: Ledger,
-    verbose: bool,
-    as_json: bool = False,
-    out: Path | None = None,
-    resume: Path | None = None,
-) -> Outcome:
-    """Make a run, tell how it goes, and print its tables."""
-    from attnbench import api, environment, store
-    from attnbench.report.tables import Tables, json_text
-
-    how = settings.protocol
-    _tell_plan(the_plan, f"protocol {how.name}, {how.cache} cache")
-    for limitation in environment.limitations():
-        say(f"note: {limitation}")
-    busy = environment.busy_share()
-    if busy is not None and busy > BUSY_SHARE:
-        say(f"note: other programs keep the processor {busy:.0%} busy: times will be wrong; close them")
-    with Progress(verbose) as observer:
-        outcome = api.execute(
-            the_plan,
-            settings,
-            catalogue,
-            observer,
-            command=environment.command(),
-            out=out,
-            resume=resume,
-            books=books,
-        )
-    if verbose:
-        say(f"{outcome.books}")
-    say(f"the run is in {outcome.path}")
-    if outcome.results:
-        tables = Tables(store.load(outcome.path))
-        write(stream, json_text(tables.record.rows) if as_json else tables.render(DEFAULT_FORMAT))
-    elif as_json:
-        write(stream, "[]")
-    if outcome.interrupted:
-        what = "what was finished is kept and shown" if outcome.results else "nothing was finished"
-        # A run keeps names, and that of a file that is installed nowhere says nothing.
-        files = {
-            entry.name: f"{os.path.relpath(entry.backend.source.file)}:{entry.backend.source.name}"
-            for entry in the_plan.entries
-            if entry.backend is not None and entry.backend.source.file
-        }
-        words = ",".join(files.get(entry.name, entry.name) for entry in the_plan.entries)
-        named = f" --backends {words}" if files else ""
-        complain(AttnbenchError(f"interrupted: {what}", f"attnbench run --resume {outcome.path}{named} goes on"))
-    elif outcome.exit_code is ExitCode.NOTHING_PASSED:
-        complain(AttnbenchError("nothing passed, so there is no time to show", "the details say why"))
-    return outcome
-
-
-def _watch(
-    stream: TextIO,
-    selection: Selection,
-    no_plugin: Sequence[str] | None,
-    python: Sequence[str] | None,
-    settings: Settings,
-    verbose: bool,
-) -> NoReturn:
-    """Make one run after another, each when a source of the plan's backends changed, until an interrupt."""
-    from attnbench import plan, sources, store
-    from attnbench.ledger import Ledger
-    from attnbench.report.difference import difference
-    from attnbench.report.tables import Tables
-
-    places = tuple(source.file for source in plan.files_of(selection))
-    before: Tables | None = None
-    while True:
-        seen = sources.snapshot(places)
-        try:
-            catalogue, the_plan = _plan(selection, no_plugin, python)
-            known, names = places, {entry.name for entry in the_plan.entries}
-            # Also of those that are not available, which an edit may change, and of what an edit broke.
-            now = (place for p in catalogue.plugins if names & set(p.backends) for place in p.sources)
-            places = tuple(dict.fromkeys([*known, *now]))
-            if places != known:
-                seen = sources.snapshot(places)
-            outcome = _execute(stream, the_plan, settings, catalogue, Ledger(), verbose)
-        except AttnbenchError as error:
-            if not places:  # there is nothing to wait for
-                raise
-            complain(error)
-        else:
-            if outcome.interrupted:
-                _end(outcome.exit_code)
-            if outcome.results:
-                # The same baseline in each, where there is one, also where it alone has a time.
-                baseline = the_plan.timed_baseline if the_plan.timed_baseline in names else None
-                tables = Tables(store.load(outcome.path), baseline)
-                if before is not None:
-                    write(stream, f"\n{difference(before, tables)}")
-                before = tables
-        say(f"\nwatching {len(seen)} files; Ctrl-C ends it")
-        changed = sources.wait_for_change(places, seen, WATCH_EVERY_S)
-        say(f"changed: {', '.join(path.name for path in changed)}\n")
-
-
-def _tell_failures(catalogue: Catalogue) -> None:
-    for plugin in catalogue.failures:
-        say(f"note: plugin {plugin.source.name} of {plugin.source.distribution} failed to load: {plugin.error_line}")
-        if plugin.source.file and plugin.error != plugin.error_line:  # its author is at the keyboard
-            say(f"{plugin.error}")
-
-
-def _tell_plan(the_plan: Plan, how: str) -> None:
-    dtypes = ", ".join(dict.fromkeys(problem.dtype for problem in the_plan.suite))
-    names = ", ".join(entry.name for entry in the_plan.entries)
-    cores = f", {the_plan.info.cores} cores" if the_plan.info.cores else ""
-    say(f"{the_plan.info.kind}: {the_plan.info.name}{cores}")
-    problems = f"{len(the_plan.suite)} problem" + ("s" if len(the_plan.suite) > 1 else "")
-    say(f"suite {the_plan.suite.name}: {problems}, {dtypes}; {how}; {names}")
-
-
-def _print_plan(out: TextIO, the_plan: Plan, as_json: bool) -> None:
-    rows = [
-        (problem.case_id, entry.name, entry.status and entry.status.value, entry.reason)
-        for problem in the_plan.suite
-        for entry in the_plan.entries
-    ]
-    if as_json:
-        names = ("case_id", "kernel", "status", "reason")
-        write_json(out, [dict(zip(names, (*case, status, reason or None))) for *case, status, reason in rows])
-        return
-    shown = [[case, kernel, status or "to run", reason] for case, kernel, status, reason in rows]
-    write_table(out, ("case", "kernel", "state", "reason"), shown)
 
 
 def _end(code: ExitCode) -> None:

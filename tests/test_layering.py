@@ -24,6 +24,7 @@ LAYERS = (
     ("turn", "runner"),
     ("report", "testing"),
     ("api", "options", "console", "scaffold"),
+    ("running",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
