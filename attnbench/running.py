@@ -88,7 +88,8 @@ def execute(
     from attnbench.report.tables import Tables, json_text
 
     how = settings.protocol
-    tell_plan(the_plan, f"protocol {how.name}, {how.cache} cache")
+    limit = f", at most {how.budget_s:g} s of timing for each" if how.name == "adaptive" else ""
+    tell_plan(the_plan, f"protocol {how.name}, {how.cache} cache{limit}")
     for limitation in environment.limitations():
         say(f"note: {limitation}")
     busy = environment.busy_share()

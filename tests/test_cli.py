@@ -297,7 +297,7 @@ def test_the_default_is_the_pto_suite_into_reports(cli: Cli, folder: Path) -> No
     assert made.name.endswith("-cpu-custom")
     assert f"the run is in reports/{made.name}" in answer.err
     assert cells(made / "results.csv")[0]["statistic"] == "median"
-    assert "adaptive, hot cache" in answer.err
+    assert "protocol adaptive, hot cache, at most 0.05 s of timing for each; gemm_ref" in answer.err
     assert "fp32" in answer.err, "the header says which dtype auto is"
 
 
