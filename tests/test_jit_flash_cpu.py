@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
+import mmap
 import os
 import platform
 import shutil
@@ -137,6 +139,24 @@ def test_few_rows(seqlen_q, heads):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 5, 40])
+@pytest.mark.parametrize(("seqlen_q", "heads"), [(2, (1, 1)), (3, (4, 2)), (7, (1, 1)), (4, (8, 4)), (8, (1, 1))])
+def test_few_rows_see_different_keys(seqlen_q, heads, window, causal):
+    """Rows of one block of keys, each with a range of its own; what all of them hide may be anything."""
+    heads_q, heads_kv = heads
+    for dtype in DTYPES:
+        case = problem(
+            seqlen_q, 203, heads_q=heads_q, heads_kv=heads_kv, window=window, causal=causal, head_dim=72, dtype=dtype
+        )
+        q, k, v = inputs(case)
+        ranges = [case.key_range(row) for row in range(seqlen_q)]
+        seen = slice(min(low for low, _ in ranges), max(high for _, high in ranges))
+        wild_k, wild_v = torch.full_like(k, math.nan), torch.full_like(v, math.inf)
+        wild_k[:, :, seen], wild_v[:, :, seen] = k[:, :, seen], v[:, :, seen]
+        verify(case, q, k, v, JitFlashCpu().prepare(case, q, wild_k, wild_v)())
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(3, 200), (50, 300), (100, 60)])
 def test_heads_that_share_a_tile(seqlen_q, seqlen_k, window, causal):
@@ -201,22 +221,43 @@ def test_rows_without_keys_are_zeros(causal):
     assert torch.equal(out[:, :, empty], torch.zeros(1, 1, len(empty), 64))
 
 
+@pytest.mark.parametrize("seqlen_q", [1, 3, 70])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides(dtype):
+def test_strides(dtype, seqlen_q):
     """BSHD seen as BHSD, and rows and heads cut out of larger tensors."""
-    case = problem(70, 130, batch=2, heads_q=4, heads_kv=2, dtype=dtype, causal=True)
+    case = problem(seqlen_q, 130, batch=2, heads_q=4, heads_kv=2, dtype=dtype, causal=True)
     q, k, v = inputs(case)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     k = torch.cat([k, k], -1)[..., 64:]
     v = torch.cat([v, v], 2)[:, :, 130:]
-    assert not any(tensor.is_contiguous() for tensor in (q, k, v))
+    assert not any(tensor.is_contiguous() for tensor in (k, v))
     assert torch.equal(check(case, q, k, v), check(case, *(tensor.contiguous() for tensor in (q, k, v))))
 
 
-def test_expanded_keys():
-    case = problem(70, 130, batch=2, heads_q=3)
+@pytest.mark.parametrize("seqlen_q", [1, 8, 70])
+def test_expanded_keys(seqlen_q):
+    case = problem(seqlen_q, 130, batch=2, heads_q=3)
     q, k, v = inputs(case)
     check(case, q, k[:1, :1].expand(case.k_shape), v[:, :, :1].expand(case.v_shape))
+
+
+def before_a_wall(tensor: Tensor) -> Tensor:
+    """A copy whose last byte is followed by a page that nothing may read."""
+    page = mmap.PAGESIZE
+    pages = -(-tensor.nbytes // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address + pages * page), page, 0) == 0
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=pages * page)[pages * page - tensor.nbytes :]
+    return flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 3, 8, 9, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_beyond_the_tensors_is_read(dtype, seqlen_q):
+    for seqlen_k, head_dim in ((1, 64), (21, 40), (130, 31), (203, 128)):
+        case = problem(seqlen_q, seqlen_k, head_dim=head_dim, dtype=dtype)
+        check(case, *map(before_a_wall, inputs(case)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

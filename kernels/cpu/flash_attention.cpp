@@ -66,10 +66,11 @@ namespace {
 constexpr int64_t TILE = 256;
 constexpr int64_t FEW_ROWS = 8;
 constexpr bool ONE_VECTOR = LANES > FEW_ROWS;  // whether panels of one vector are worth their code
-// Keys of their blocks: KEYS_PER_ROW for each row, up to FEW_KEYS. One query was fastest with 8 (docs/kernels/jit_flash.md);
-// the softmax of several, during which little is read, takes less of the time the longer a block is.
+// Keys of their blocks: KEYS_PER_ROW for each row, in whole groups, as long as K and V of a block leave half of an L1 of
+// 32 KiB to what is fetched ahead. docs/kernels/jit_flash.md has what other sizes gave.
 constexpr int64_t KEYS_PER_ROW = 8;
 constexpr int64_t FEW_KEYS = 32;
+constexpr int64_t FEW_BYTES = 16 << 10;
 constexpr int64_t KEY_GROUP = std::max<int64_t>(8, LANES);  // whose products with a row are summed together
 static_assert(FEW_KEYS % KEY_GROUP == 0 && KEY_GROUP % LANES == 0);
 // Keys whose values are added up before they are added to others, where rows are few: their sums are short otherwise.
@@ -361,7 +362,7 @@ void dot_keys(const T* k, int64_t stride, int64_t keys, int64_t dim, const float
                 UNROLL
                 for (int j = 0; j < AT_ONCE; ++j) x[j] = load_part(row[j] + i, count);
                 UNROLL
-                for (int r = 0; r < ROWS; ++r) {
+                for (int r = 0; r < ROWS; ++r) {  // K may be loaded for each row: that is fewer instructions between lines
                     const vec y = in_register(load(q + i * ROWS + r * LANES));
                     UNROLL
                     for (int j = 0; j < AT_ONCE; ++j) sum[j][r] += x[j] * y;
@@ -480,7 +481,10 @@ void attend_few(const flash_args& args, const Plan& plan, const Tile& tile, int6
     std::fill_n(part.o, tile.rows * plan.dim_v, 0.0f);
     std::fill_n(part.top, tile.rows, LOWEST);
     std::fill_n(part.sum, tile.rows, 0.0f);
-    const int64_t block = std::min(FEW_KEYS, round_up(KEYS_PER_ROW * tile.rows, KEY_GROUP));
+    static_assert(FEW_ROWS * FEW_KEYS <= Products<T>::KEYS * PANEL, "s has room");
+    const int64_t fitting = FEW_BYTES / ((args.head_dim + args.head_dim_v) * int64_t{sizeof(T)}) / KEY_GROUP * KEY_GROUP;
+    const int64_t most = std::clamp(fitting, KEY_GROUP, FEW_KEYS);
+    const int64_t block = std::min(most, round_up(KEYS_PER_ROW * tile.rows, KEY_GROUP));
     for (int64_t key = low; key < high; key += block) {
         const int64_t keys = std::min(block, high - key), after = std::min(block, high - key - keys);
         const T *k_block = k + key * args.k_stride[2], *v_block = v + key * args.v_stride[2];
