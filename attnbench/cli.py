@@ -330,7 +330,11 @@ def run(
     pto's lengths. --dtype and --causal go with both.
     """
     with data_stream() as stream:
-        from attnbench import api, ledger, store
+        from attnbench import store
+
+        if out is not None and resume is None:  # before the seconds that importing torch takes
+            store.require_free(out)
+        from attnbench import api, ledger
         from attnbench.ledger import Ledger
         from attnbench.protocol import make_protocol
 
@@ -354,8 +358,6 @@ def run(
             if not selection.names_problems:
                 suite_before = earlier.suite
             selection = selection.over(earlier.selection)
-        elif out is not None:  # before the seconds that finding out about the machine takes
-            store.require_free(out)
         timeout = _timeout(timeout)
         settings = api.Settings(protocol=how, seed=seed or 0, timeout_s=timeout, isolate=not no_isolate)
         if watch:
@@ -387,13 +389,15 @@ def report(
         from attnbench import store
         from attnbench.plan import choice
         from attnbench.report.tables import Tables
-        from attnbench.report.text import FORMATS
+        from attnbench.report.text import CSV, FORMATS
 
         choice(format, FORMATS, "format")
         record = store.load(Path(source), device_name)
         tables = Tables(record, baseline)
         for warning in record.warnings:
             say(f"note: {warning}")
+        for warning in tables.warnings if format == CSV else ():  # where there is no place for it
+            say(warning)
         write(out, tables.render(format))
 
 

@@ -23,6 +23,7 @@ from attnbench.result import Status
 
 DEFAULT_SUITE = "pto"
 DEFAULT_BASELINES: dict[DeviceKind, str] = {"npu": "npu_fused_attention", "cuda": "sdpa", "cpu": "sdpa"}
+DEVICE_WORDS = {"gpu": "cuda"} | {kind: kind for kind in DEVICE_KINDS}
 BEST = "best"
 """The baseline that is, in each problem, the fastest of the other backends."""
 
@@ -179,6 +180,9 @@ def resolve_backends(
             _require_loaded(plugin, None)
             names += plugin.backends
             continue
+        device = DEVICE_WORDS.get(word.lower())
+        if device and not any(name.startswith(word) for name in (*known, *failed)):
+            raise AttnbenchError(f"no backend is called {word!r}", f"to choose a device: --device {device}")
         name = match(word, [*known, *failed], here, also)
         if name in failed:
             _require_loaded(failed[name], "attnbench plugins shows its traceback")
@@ -222,20 +226,18 @@ def match(
         return starts[0]
     if starts:
         raise AttnbenchError(f"backend {word!r} could be {', '.join(starts)}", "write more of its name")
-    if word.endswith(".py"):
-        hint = f"a backend in a file is {word}:NAME"
-    elif word in DEVICE_KINDS:
-        hint = f"it is a device: --device {word}"
-    else:
-        hint = closest(word, [*known, *also])
+    hint = f"a backend in a file is {word}:NAME" if word.endswith(".py") else closest(word, [*known, *also])
     raise AttnbenchError(miss or f"no backend is called {word!r}", hint)
 
 
 def closest(word: str, known: Collection[str]) -> str:
     """A hint: the nearest name, or all of them."""
-    begins = {name[: len(word)]: name for name in known} | {name: name for name in known}
-    near = difflib.get_close_matches(word.lower(), begins, n=1, cutoff=0.65)
-    return f"did you mean {begins[near[0]]}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
+    whole = {name: name for name in known}
+    starts = (
+        {name[: len(word)]: name for name in known} if len(word) > 3 else {}
+    )  # of three letters two are often right
+    near = difflib.get_close_matches(word.lower(), starts | whole, n=1, cutoff=0.65)
+    return f"did you mean {(starts | whole)[near[0]]}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
 
 
 def choose_suite(selection: Selection, catalogue: Catalogue) -> Suite:

@@ -6,6 +6,7 @@ Knows no command, and decides nothing that the Python API does not.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -123,8 +124,12 @@ def execute(
             if entry.backend is not None and entry.backend.source.file
         }
         words = ",".join(files.get(entry.name, entry.name) for entry in the_plan.entries)
-        named = f" --backends {words}" if files else ""
-        complain(AttnbenchError(f"interrupted: {what}", f"attnbench run --resume {outcome.path}{named} goes on"))
+        named = f" --backends {shlex.quote(words)}" if files else ""
+        complain(
+            AttnbenchError(
+                f"interrupted: {what}", f"attnbench run --resume {shlex.quote(str(outcome.path))}{named} goes on"
+            )
+        )
     elif outcome.exit_code is ExitCode.NOTHING_PASSED:
         complain(AttnbenchError("nothing passed, so there is no time to show", "the details say why"))
     return outcome

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -214,15 +215,13 @@ def _make(path: Path, fresh: bool) -> list[Path]:
 def require_free(path: Path) -> None:
     """Raises AttnbenchError where a run cannot be made at `path`, as far as that can be told without making one."""
     try:
-        if os.path.lexists(path):
-            if path.is_dir() and not any(path.iterdir()):
-                return
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             what = "holds a run already" if (path / RUN_FILE).is_file() else "exists and is not a run"
             raise AttnbenchError(f"{path} {what}", "name a new or an empty folder with --out")
-        above = next(folder for folder in path.absolute().parents if folder.exists())
-        if not above.is_dir():
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(above, os.W_OK | os.X_OK):
+        if not os.access(there, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise _cannot("make", path, error, NOTHING_RAN) from error
@@ -364,17 +363,17 @@ def _load_run(path: Path) -> Record:
         tuple(ordered),
         header,
         tuple(warnings),
-        _gaps(header, len(ordered), len(unfinished)),
+        _gaps(header, {result.key for result in ordered}, len(unfinished)),
     )
 
 
-def _gaps(header: Mapping[str, Any], known: int, short: int) -> Gaps | None:
+def _gaps(header: Mapping[str, Any], known: set[tuple[str, str]], short: int) -> Gaps | None:
     try:
-        asked = len(header["suite"]["cases"]) * len(header["backends"])
+        asked = set(itertools.product(header["suite"]["cases"], header["backends"]))
     except (KeyError, TypeError):  # of a version that did not record it
         asked = known
-    missing = max(0, asked - known)
-    return Gaps(missing, short, known + missing) if missing or short else None
+    missing = len(asked - known)
+    return Gaps(missing, short, len(asked | known)) if missing or short else None
 
 
 def _cut_files(path: Path) -> list[str]:

@@ -239,6 +239,15 @@ def test_an_out_that_is_no_run_is_refused_before_anything_runs(cli: Cli, folder:
     assert files(folder) == ["mine", "mine/thesis.tex"]
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_taken_out_is_refused_before_the_machine_is_looked_at(
+    more: list[str], cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "mine").write_text("x")
+    monkeypatch.setattr(discovery, "discover", None)
+    assert cli("run", "--out", "mine", *more).problem == "error: mine exists and is not a run"
+
+
 def test_an_out_below_a_file_is_refused(cli: Cli, folder: Path) -> None:
     (folder / "file").write_text("")
     answer = cli("run", "--backends", "gemm_ref", *TINY, *QUICK, "--out", "file/run")

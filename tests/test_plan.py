@@ -118,8 +118,10 @@ def test_a_miss_names_the_closest(word, nearest):
     assert error.exit_code == 2
 
 
-def test_a_device_is_no_backend():
-    assert error_of(resolve_backends, "cuda", CATALOGUE).hint == "it is a device: --device cuda"
+@pytest.mark.parametrize(("word", "device"), [("cuda", "cuda"), ("CUDA", "cuda"), ("gpu", "cuda"), ("CPU", "cpu")])
+def test_a_device_is_no_backend(word, device):
+    error = error_of(resolve_backends, word, CATALOGUE)
+    assert (error.message, error.hint) == (f"no backend is called {word!r}", f"to choose a device: --device {device}")
 
 
 def test_a_miss_with_nothing_near_names_all():

@@ -95,8 +95,11 @@ def copy(killed: Path, tmp_path: Path) -> Path:
 def test_what_was_measured_before_a_kill_is_shown(copy):
     answer = go("report", "r", cwd=copy)
     assert answer.code == 0
-    hint = "attnbench run --resume r goes on"
-    assert f"Warning: interrupted: of 4 cases 4 have fewer blocks than asked for: {hint}" in answer.out
+    hint = "Warning: incomplete: of 4 cases 4 have fewer blocks than asked for: attnbench run --resume RUN goes on"
+    assert hint in answer.out
+    as_csv = go("report", "r", "--format", "csv", cwd=copy)
+    assert hint in as_csv.err
+    assert hint not in as_csv.out
     assert "### gemm_ref vs sdpa" in answer.out
 
 

@@ -15,7 +15,7 @@ from attnbench.report import text, warnings
 from attnbench.report.tables import Tables
 from attnbench.result import Conditions, Result
 from attnbench.rows import csv_text, row
-from attnbench.store import Record
+from attnbench.store import Gaps, Record
 
 
 def record(*results: Result) -> Record:
@@ -33,6 +33,22 @@ def with_conditions(result: Result, **fields: object) -> Result:
 
 
 STEADY = ((20.0,),) * 5
+
+
+@pytest.mark.parametrize(
+    ("gaps", "words"),
+    [
+        ((1, 0, 1), "of 1 case 1 is missing"),
+        ((3, 0, 8), "of 8 cases 3 are missing"),
+        ((0, 1, 2), "of 2 cases 1 has fewer blocks than asked for"),
+        ((1, 2, 4), "of 4 cases 1 is missing and 2 have fewer blocks than asked for"),
+    ],
+)
+def test_what_a_run_lacks_is_told(gaps: tuple[int, int, int], words: str) -> None:
+    lacking = dataclasses.replace(record(passed("sdpa", *STEADY)), gaps=Gaps(*gaps))
+    assert [str(warning) for warning in warnings.of(lacking)] == [
+        f"incomplete: {words}: attnbench run --resume RUN goes on"
+    ]
 
 
 def test_a_quiet_run_has_no_warning() -> None:

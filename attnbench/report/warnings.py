@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from attnbench.report.text import share
@@ -134,17 +133,17 @@ class OneBlock:
 
 @dataclass(frozen=True)
 class Incomplete:
-    """A run that was interrupted."""
+    """A run that was interrupted, or is not over yet."""
 
     gaps: Gaps
-    path: Path
 
     def __str__(self) -> str:
         gaps = self.gaps
         missing = f"{gaps.missing} {'is' if gaps.missing == 1 else 'are'} missing"
         short = f"{gaps.short} {'has' if gaps.short == 1 else 'have'} fewer blocks than asked for"
         parts = [*([missing] if gaps.missing else []), *([short] if gaps.short else [])]
-        return f"interrupted: of {gaps.of} cases {' and '.join(parts)}: attnbench run --resume {self.path} goes on"
+        cases = f"{gaps.of} case" + ("s" if gaps.of > 1 else "")
+        return f"incomplete: of {cases} {' and '.join(parts)}: attnbench run --resume RUN goes on"
 
 
 Warning = Incomplete | Noisy | LaunchBound | Disturbed | Throttled | HostBound | TimedOtherwise | OneBlock
@@ -154,7 +153,7 @@ def of(record: Record) -> list[Warning]:
     """All warnings of a run or CSV."""
     timed = [row for row in record.rows if row["time_us"] is not None]
     return [
-        *([Incomplete(record.gaps, record.source)] if record.gaps else []),
+        *([Incomplete(record.gaps)] if record.gaps else []),
         *_throttled_or_disturbed(_conditions(record)),
         *_noisy(timed, *_next_budget(record.header)),
         *_one_block(timed),
