@@ -232,12 +232,11 @@ def match(
 
 def closest(word: str, known: Collection[str]) -> str:
     """A hint: the nearest name, or all of them."""
-    whole = {name: name for name in known}
-    starts = (
-        {name[: len(word)]: name for name in known} if len(word) > 3 else {}
-    )  # of three letters two are often right
-    near = difflib.get_close_matches(word.lower(), starts | whole, n=1, cutoff=0.65)
-    return f"did you mean {(starts | whole)[near[0]]}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
+    names = {name: name for name in known}
+    if len(word) > 3:  # of three letters two are often right
+        names = {name[: len(word)]: name for name in known} | names
+    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.65)
+    return f"did you mean {names[near[0]]}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
 
 
 def choose_suite(selection: Selection, catalogue: Catalogue) -> Suite:

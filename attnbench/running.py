@@ -189,11 +189,13 @@ def tell_failures(catalogue: Catalogue) -> None:
 
 
 def tell_plan(the_plan: Plan, how: str) -> None:
+    from attnbench.report.text import counted
+
     dtypes = ", ".join(dict.fromkeys(problem.dtype for problem in the_plan.suite))
     names = ", ".join(entry.name for entry in the_plan.entries)
     cores = f", {the_plan.info.cores} cores" if the_plan.info.cores else ""
     say(f"{the_plan.info.kind}: {the_plan.info.name}{cores}")
-    problems = f"{len(the_plan.suite)} problem" + ("s" if len(the_plan.suite) > 1 else "")
+    problems = counted(len(the_plan.suite), "problem")
     say(f"suite {the_plan.suite.name}: {problems}, {dtypes}; {how}; {names}")
 
 

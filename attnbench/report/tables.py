@@ -89,7 +89,7 @@ class Comparison:
         mean = stats.geometric_mean([ratio.value for ratio in ratios])
         counts = [(verdict, sum(r.verdict == verdict for r in ratios)) for verdict in ("faster", "tie", "slower")]
         words = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
-        problems = f"{len(ratios)} problem" + ("s" if len(ratios) > 1 else "")
+        problems = text.counted(len(ratios), "problem")
         line = f"{self.contender} over {self.baseline}: geometric mean {mean:.2f}× on {problems}"
         return f"{line} ({words}; {LEVELS})" if words else line
 

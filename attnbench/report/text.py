@@ -63,6 +63,11 @@ LARGEST_SHARE = 10.0
 """A larger one only says that there were too few blocks, and would take the width of the table."""
 
 
+def counted(count: int, noun: str) -> str:
+    """1 problem, 2 problems."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def share(value: float, digits: int) -> str:
     """A share in percent, or that it is beyond what means anything."""
     return f"{value:.{digits}%}" if value <= LARGEST_SHARE else f"over {LARGEST_SHARE:.0%}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnbench.report.text import share
+from attnbench.report.text import counted, share
 from attnbench.result import CUDA_GRAPH, DEVICE_EVENTS, NPU_GRAPH, Conditions
 from attnbench.rows import Row
 from attnbench.store import Gaps, Record
@@ -88,7 +88,7 @@ class Throttled:
     of: int
 
     def __str__(self) -> str:
-        where = f"on {self.problems} of {_problems(self.of)}"
+        where = f"on {self.problems} of {counted(self.of, 'problem')}"
         return f"throttled: {', '.join(self.causes)} {where}: let the device cool, or lock its clocks below the limit"
 
 
@@ -101,8 +101,8 @@ class HostBound:
 
     def __str__(self) -> str:
         return (
-            f"host-bound: on {_problems(self.count)} calling {self.kernel} took the host longer than running it took "
-            "the device, so the queue could not be kept full and times hold launch gaps: time larger problems"
+            f"host-bound: on {counted(self.count, 'problem')} calling {self.kernel} took the host longer than running it "
+            "took the device, so the queue could not be kept full and times hold launch gaps: time larger problems"
         )
 
 
@@ -118,8 +118,8 @@ class TimedOtherwise:
     def __str__(self) -> str:
         why = f" ({self.why})" if self.why else ""
         return (
-            f"timed otherwise: {self.kernel} on {_problems(self.count)} by events around eager calls{why}: these times "
-            "may hold launch gaps, and no speedup is made of them and those of a graph"
+            f"timed otherwise: {self.kernel} on {counted(self.count, 'problem')} by events around eager calls{why}: these "
+            "times may hold launch gaps, and no speedup is made of them and those of a graph"
         )
 
 
@@ -142,8 +142,7 @@ class Incomplete:
         missing = f"{gaps.missing} {'is' if gaps.missing == 1 else 'are'} missing"
         short = f"{gaps.short} {'has' if gaps.short == 1 else 'have'} fewer blocks than asked for"
         parts = [*([missing] if gaps.missing else []), *([short] if gaps.short else [])]
-        cases = f"{gaps.of} case" + ("s" if gaps.of > 1 else "")
-        return f"incomplete: of {cases} {' and '.join(parts)}: attnbench run --resume RUN goes on"
+        return f"incomplete: of {counted(gaps.of, 'case')} {' and '.join(parts)}: attnbench run --resume RUN goes on"
 
 
 Warning = Incomplete | Noisy | LaunchBound | Disturbed | Throttled | HostBound | TimedOtherwise | OneBlock
@@ -233,10 +232,6 @@ def _flat(rows: Sequence[Row]) -> LaunchBound | None:
             if flat and (not best or work > best.work):
                 best = LaunchBound(small["kernel"], small["time_us"], work, (_lengths(small), _lengths(large)))
     return best
-
-
-def _problems(count: int) -> str:
-    return f"{count} problem" + ("s" if count != 1 else "")
 
 
 def _lengths(row: Mapping[str, object]) -> str:
