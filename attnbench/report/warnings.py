@@ -101,8 +101,9 @@ class HostBound:
 
     def __str__(self) -> str:
         return (
-            f"host-bound: on {counted(self.count, 'problem')} calling {self.kernel} took the host longer than running it "
-            "took the device, so the queue could not be kept full and times hold launch gaps: time larger problems"
+            f"host-bound: on {counted(self.count, 'problem')} calling {self.kernel} took the host "
+            "longer than running it took the device, so the queue could not be kept full and times hold launch gaps: "
+            "time larger problems"
         )
 
 
@@ -118,8 +119,8 @@ class TimedOtherwise:
     def __str__(self) -> str:
         why = f" ({self.why})" if self.why else ""
         return (
-            f"timed otherwise: {self.kernel} on {counted(self.count, 'problem')} by events around eager calls{why}: these "
-            "times may hold launch gaps, and no speedup is made of them and those of a graph"
+            f"timed otherwise: {self.kernel} on {counted(self.count, 'problem')} by events around "
+            f"eager calls{why}: these times may hold launch gaps, and no speedup is made of them and those of a graph"
         )
 
 
