@@ -46,8 +46,8 @@ CASES = (
     *cross(**FP16, batch=(1, 8, 64), heads_q=(32,), heads_kv=(8,), seqlen_q=(1,), seqlen_k=(1024, 8192, 32768)),
 )
 """pto, many heads, decoding."""
-H100 = {1: 132, 2: 66, 3: 39, 4: 30, 6: 17, 8: 15} | dict.fromkeys((10, 12, 14, 15, 16), 7)
-"""Clusters that the H100 of h100_configs.csv ran at once, by their size, as the driver told."""
+H100_SMS = 132
+"""Of the H100 of h100_configs.csv."""
 LEAST_BLOCKS, FAR_OFF, MOST_CALLS, MOST_US = 30, 1.6, 300, 20_000
 MEETS, MEAN, WORST = 0.13, 1.015, 1.05
 
@@ -69,27 +69,27 @@ def _value(of: type, name: str, text: str) -> int | bool:
     return text == "True" if of.__annotations__[name] == "bool" else int(text)
 
 
-def worth_timing(case: Problem, clusters: Mapping[int, int]) -> Iterator[Config]:
-    expected = {config: predicted_us(case, config, clusters) for config in configs(case, clusters)}
+def worth_timing(case: Problem, sms: int) -> Iterator[Config]:
+    expected = {config: predicted_us(case, config, sms) for config in configs(case, sms)}
     for config, time_us in expected.items():
         if units(case, config) * config.parts >= LEAST_BLOCKS and time_us <= FAR_OFF * min(expected.values()):
             yield config
 
 
-def timed(clusters: Mapping[int, int]) -> Iterator[tuple[Problem, Config, float]]:
+def timed(sms: int) -> Iterator[tuple[Problem, Config, float]]:
     import torch
 
     from attnbench.devices.cuda import CudaDevice
     from attnbench_plugins.jit_flash import cuda
 
     device, backend = CudaDevice(), cuda.JitFlashCuda()
-    chosen = [(case, config) for case in CASES for config in worth_timing(case, clusters)]
+    chosen = [(case, config) for case in CASES for config in worth_timing(case, sms)]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda pair: cuda.cubin(*pair), chosen))
     for case, config in chosen:
         q, k, v = (torch.randn(shape, device="cuda").half() for shape in (case.q_shape, case.k_shape, case.v_shape))
         call = backend.prepare(case, q, k, v, config=config)
-        calls = max(10, min(MOST_CALLS, int(MOST_US / predicted_us(case, config, clusters))))
+        calls = max(10, min(MOST_CALLS, int(MOST_US / predicted_us(case, config, sms))))
         device.time_calls(call, calls, cold=False)
         yield case, config, statistics.median(device.time_calls(call, calls, cold=False).times_us)
         device.forget(call)
@@ -104,17 +104,17 @@ def write(path: Path, rows: Iterable[tuple[Problem, Config, float]]) -> None:
             writer.writerow([*itertools.chain(*values), f"{time_us:.3f}"])
 
 
-def tables(times: Times, clusters: Mapping[int, int]) -> Iterator[Table]:
+def tables(times: Times, sms: int) -> Iterator[Table]:
     table = Table("Problem", "Fastest", "µs", "Chosen", "µs", "Slower by")
     slower, errors = [], []
     for case, every in times.items():
-        if choose(case, clusters) not in every:
-            table.add(case.case_id, "", "", _words(choose(case, clusters)), "not timed", "")
+        if choose(case, sms) not in every:
+            table.add(case.case_id, "", "", _words(choose(case, sms)), "not timed", "")
             continue
-        by_config = {config: time_us for config, time_us in every.items() if config in set(configs(case, clusters))}
-        errors += [math.log(predicted_us(case, config, clusters) / time_us) for config, time_us in by_config.items()]
+        by_config = {config: time_us for config, time_us in every.items() if config in set(configs(case, sms))}
+        errors += [math.log(predicted_us(case, config, sms) / time_us) for config, time_us in by_config.items()]
         fastest = min(by_config, key=by_config.__getitem__)
-        chosen = min(by_config, key=lambda config: predicted_us(case, config, clusters))
+        chosen = min(by_config, key=lambda config: predicted_us(case, config, sms))
         slower.append(by_config[chosen] / by_config[fastest])
         cells = (cell for config in (fastest, chosen) for cell in (_words(config), f"{by_config[config]:.2f}"))
         table.add(case.case_id, *cells, f"{slower[-1] - 1:.1%}", value=slower[-1] - 1, at_most=WORST - 1)
@@ -129,7 +129,7 @@ def tables(times: Times, clusters: Mapping[int, int]) -> Iterator[Table]:
 def _words(config: Config) -> str:
     words = [f"{config.rows} × {config.keys}", f"{config.stages} stages"]
     if config.parts > 1:
-        words.append(f"{config.parts} parts in {'memory' if config.meets_in_memory else 'a cluster'}")
+        words.append(f"{config.parts} parts")
     if config.split_v > 1:
         words.append(f"V in {config.split_v}")
     if config.shared_rows > 1:
@@ -143,11 +143,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time", type=Path, metavar="FILE.csv", help="time, and write this file")
     options = parser.parse_args()
-    path, clusters = options.time or DATA, H100
+    path, sms = options.time or DATA, H100_SMS
     if options.time:
         import torch
 
-        from attnbench_plugins.jit_flash.cuda import CAPABILITY, JitFlashCuda, active_clusters
+        from attnbench_plugins.jit_flash.cuda import CAPABILITY, JitFlashCuda, current_sms
 
         reason = JitFlashCuda().unavailable()
         if not reason and torch.cuda.get_device_capability() != CAPABILITY:
@@ -155,10 +155,10 @@ def main() -> int:
         if reason:
             print(reason, file=sys.stderr)
             return 2
-        clusters = dict(active_clusters(0))
-        print("clusters at once, by size:", clusters)
-        write(path, timed(clusters))
-    found = list(tables(read(path), clusters))
+        torch.zeros((), device="cuda")  # which gives this thread the device's context
+        sms = current_sms()
+        write(path, timed(sms))
+    found = list(tables(read(path), sms))
     print(*found, sep="\n\n")
     return 1 if sum(table.missed for table in found) else 0
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from attnbench import Problem
 from attnbench_plugins.jit_flash import cuda, cuda_sm80
-from attnbench_plugins.jit_flash.cuda import JitFlashCuda, active_clusters, current_gpu
+from attnbench_plugins.jit_flash.cuda import JitFlashCuda, current_gpu, current_sms
 from attnbench_plugins.jit_flash.cuda_config import Config, choose, configs
 from attnbench_plugins.masks import visible
 
@@ -96,11 +96,11 @@ def fault(case, config=None, seed=0, tensors=None, scale=1.0):
 
 def faults(cases):
     cases = [case if isinstance(case, tuple) else (case, None) for case in cases]
-    clusters = {} if STRIDED else active_clusters(0)
+    sms = 0 if STRIDED else current_sms()
 
     def compiled(pair):
         case, config = pair
-        config = config or (cuda_sm80.choose(case, GPU) if STRIDED else choose(case, clusters))
+        config = config or (cuda_sm80.choose(case, GPU) if STRIDED else choose(case, sms))
         if isinstance(config, Config):
             return cuda.cubin(case, config)
         return cuda.strided_cubin(case, config, 16, ARCH)
@@ -156,12 +156,12 @@ def configurations():
     if STRIDED:
         rooms = [cuda_sm80.Gpu(GPU.sms, room, room + 1024) for room in (101_376, 166_912)]
         return faults({(case, config) for case in cases for room in rooms for config in cuda_sm80.configs(case, room)})
-    clusters = active_clusters(0)
-    chosen = [(case, config) for case in cases for config in configs(case, clusters)]
+    sms = current_sms()
+    chosen = [(case, config) for case in cases for config in configs(case, sms)]
     few = random.Random(0).sample(chosen, 120)
     fields = itertools.product((64, 128, 256), (False, True))
     many = [problem(700, 1300, batch=5, heads_q=12, head_dim=d, causal=causal) for d, causal in fields]
-    return faults([*few, *((case, config) for case in many for config in configs(case, clusters) if config.parts == 1)])
+    return faults([*few, *((case, config) for case in many for config in configs(case, sms) if config.parts == 1)])
 
 
 @part
@@ -245,7 +245,7 @@ def bits():
     of_any_strides = [cuda_sm80.Config(128, 64, 4), cuda_sm80.Config(16, 64, 1, 4, 2)]
     of_tma = [
         *(Config(64, 64, 4, 16, 2), Config(128, 128, 2, 7), Config(128, 128, 2), Config(128, 64, 3, persistent=True)),
-        *(Config(128, 128, 2, 32, clustered=False), Config(64, 64, 4, 8, 2, 2, clustered=False)),
+        *(Config(128, 128, 2, 32), Config(64, 64, 4, 8, 2, 2)),
         *(Config(64, 64, 4, 3, 1, 2), Config(128, 128, 2, persistent=True)),
     ]
     for config in of_any_strides if STRIDED else of_tma:
@@ -296,7 +296,7 @@ def in_flight():
     """One prepared call on two streams at once, and two graphs of it: nothing that blocks meet in is shared."""
     found = []
     one_head, heads = problem(512, 4096), problem(512, 1024, heads_q=50)
-    memory = Config(64, 64, 4, 16, clustered=False)  # of which two do not fit at once
+    memory = Config(64, 64, 4, 16)  # of which two do not fit at once
     for case, config in ((one_head, memory), (heads, Config(128, 128, 2, persistent=True))):
         call = prepared(case, *inputs(case), config=None if STRIDED else config)
         right = call().clone()
@@ -355,8 +355,8 @@ def graphs():
     expected = prepared(case, *others)()
     found = [] if torch.equal(out, expected) else ["a replay does not read the inputs"]
     # The graph and the output are kept, and the call is not: what blocks meet in must not be given away.
-    for config in (Config(64, 64, 4, 8, clustered=False), Config(128, 128, 2, persistent=True)):
-        case = problem(512, 2048, heads_q=1 if config.meets_in_memory else 50)
+    for config in (Config(64, 64, 4, 8), Config(128, 128, 2, persistent=True)):
+        case = problem(512, 2048, heads_q=1 if config.parts > 1 else 50)
         tensors = inputs(case)
         call = prepared(case, *tensors, config=None if STRIDED else config)
         call()
@@ -426,7 +426,7 @@ def odd_layouts():
 def huge():
     """Logits up to 10³², scores that are infinite, and NaN; the kernel for TMA gives NaN beyond 2²⁸."""
     found = []
-    of_tma = (Config(64, 64, 4, 5, 2), Config(128, 128, 2), Config(64, 64, 4, 7, 1, 2, clustered=False))
+    of_tma = (Config(64, 64, 4, 5, 2), Config(128, 128, 2), Config(64, 64, 4, 7, 1, 2))
     for config in (cuda_sm80.Config(128, 64, 4), cuda_sm80.Config(16, 64, 1, 4, 2)) if STRIDED else of_tma:
         case = problem(100, 900, dtype="bf16")
         for scale in (1e3, 1e6, 1e16):

@@ -6,7 +6,7 @@
 //     producer        Q K0 V0 K1 K2 V1 K3 V2 …     one thread: TMA into a ring of STAGES, as far as the ring is free
 //     consumer 0      QK0 · softmax0 · [QK1 PV0] · softmax1 · [QK2 PV1] · softmax2 …
 //     consumer 1      the same on 64 rows more, where ROWS is 128; or, where SHARED_ROWS is 2, on every other key block
-//                     of the same rows, and consumer 0 takes over what came of it
+//                     of the same rows: each then adds up half of the columns of both
 //
 // […] are issued together: the tensor cores work on PV of one block and QK of the next while the softmax of the latter
 // waits for its scores alone. Where PERSISTENT and not WINDOW, only a tile's first softmax looks for the greatest score.
@@ -18,29 +18,23 @@
 //
 // and where a tile has several parts:
 //
-//     every block     O without its last 8 bits, unnormalised, with m and l, to where the other blocks can read it
+//     every block     O, unnormalised, with m and l, to global memory, which stays in L2
 //     every block     adds its 1/PARTS of the tile over all parts, in the order of the parts, and writes it
 //
-// So the sum runs in parallel, in one launch, and gives the same bits every time. There are two places to meet. Where
-// CLUSTERED, the parts are a cluster, and bulk copies that count bytes on the receiver's barrier take each slice of a
-// part to whoever adds it up: the shortest way, but a cluster lies in one group of SMs, and groups that it does not fill
-// leave SMs idle. Else the parts meet in global memory, which stays in L2, and tell there that they have arrived: all SMs
-// can take part, in a cooperative launch, as blocks wait for each other.
+// So the sum runs in parallel, in one launch, and gives the same bits every time. Nobody tells that a part is there: every 16
+// bytes of it, which are written and read at once, carry the number of the launch, and whoever adds them up reads them until
+// they do. As blocks wait for each other, all must run at once, in a cooperative launch.
 //
-// A part is made of chunks: 8 columns of the 16 rows of a warp, 32 lanes × 4 floats, in 3 words each. Chunk
-// c + DV/8 · w has columns 8c … 8c + 7 of rows 16w … 16w + 15.
+// A part is made of pieces: 16 columns of 8 rows, 32 lanes × 4 floats, the last of them without its last 8 bits, which are the
+// launch's. Piece j + DV/16 · half has columns 16j … 16j + 15 of rows 8 · half … 8 · half + 7.
 //
 // Shared memory, from a base aligned to 1024 bytes (128-byte swizzle, as TMA writes it and wgmma reads it):
 //
 //     Q        D/64 boxes of ROWS × 128 bytes; twice, where PERSISTENT and there are no registers to keep Q in
-//     ring     STAGES × (K: D/64 boxes of KEYS × 128 bytes, V: DV/64 of them)
-//     merged   where SHARED_ROWS is 2, O, m and l of consumer 1, thread by thread
-//     received where CLUSTERED, the block's slice of each other part: chunks, then m and l of their rows. Where there is no
-//              room for it apart (see APART), it lies over Q and the ring, which then must have been read by the whole
-//              cluster before anybody sends
-//     staged   where CLUSTERED, this block's part, slice by slice, over the ring or, where received is not apart,
-//              behind it
-//     barriers q_full, q_empty, number of the tile [2 each]; all_received; k_full, k_empty, v_full, v_empty [STAGES]
+//     ring     STAGES × (K: D/64 boxes of KEYS × 128 bytes, V: DV/64 of them); at the end, where several warps add up a piece,
+//              what came of it
+//     halves   where SHARED_ROWS is 2, what each consumer hands over: half of its O, m and l, thread by thread
+//     barriers q_full, q_empty, number of the tile [2 each]; k_full, k_empty, v_full, v_empty [STAGES]
 //
 // The source compiles for one configuration, given as macros:
 //     D       head size of Q and K, rounded up to 64; TMA fills the rest with zeros
@@ -52,7 +46,6 @@
 //     KEYS    keys of a block: 64, 128 or 176
 //     STAGES  of the ring
 //     PARTS   blocks that share the keys of a tile
-//     CLUSTERED  1: they are a cluster, of 16 at most; 0: they meet in global memory
 //     PERSISTENT 1: blocks take tiles until there are no more; PARTS and SHARED_ROWS are 1 then, and no tile is without keys
 //     PACK    query heads of a tile; a divisor of those that share a key head
 //     MASKED  1: causal or window
@@ -82,8 +75,9 @@ constexpr int Q_BUFFERS = PERSISTENT && !Q_IN_REGISTERS ? 2 : 1;
 constexpr u32 Q_BUFFER_BYTES = ROWS * D * 2, Q_BYTES = Q_BUFFERS * Q_BUFFER_BYTES;
 constexpr u32 K_BYTES = KEYS * D * 2, V_BYTES = KEYS * DV * 2;
 constexpr u32 RING_BYTES = STAGES * (K_BYTES + V_BYTES);
-constexpr u32 MERGED_BYTES = SHARED_ROWS > 1 ? (DV / 2 + 4) * WARPGROUP * 4 : 0;
-constexpr u32 BARRIER_BYTES = 8 * (6 + 4 * STAGES);
+constexpr u32 HALF_BYTES = (DV / 4 + 4) * WARPGROUP * 4, HALVES_BYTES = SHARED_ROWS > 1 ? 2 * HALF_BYTES : 0;
+constexpr u32 BARRIER_BYTES = 8 * (5 + 4 * STAGES);
+static_assert(Q_BYTES + RING_BYTES + HALVES_BYTES + BARRIER_BYTES <= SHARED_BYTES, "room");
 
 // Whether the other key blocks are weighed by the greatest score of a tile's first. With a window many rows see no key of
 // that one, and would have to be looked at again.
@@ -97,36 +91,22 @@ constexpr int TILE_ROWS = QUERIES * PACK;  // what TMA fills: the others hold wh
 // is looked for.
 constexpr int EARLY = KEYS / 16;
 
-constexpr int CHUNKS = DV / 8;  // of a warp's 16 rows
-constexpr int TILE_CHUNKS = ROWS / 16 * CHUNKS;
-constexpr u32 CHUNK_BYTES = 384, STATE_BYTES = 128;  // of 16 rows, m and l of each
-constexpr u32 PART_BYTES = TILE_CHUNKS * CHUNK_BYTES + ROWS / 16 * STATE_BYTES;
+constexpr int CHUNKS = DV / 8;  // of 8 columns
 
-// A block of a cluster adds up a slice: chunks slice_first(block) to below slice_first(block + 1).
-__host__ __device__ constexpr int slice_first(int block) { return TILE_CHUNKS * block / PARTS; }
-__host__ __device__ constexpr int slice_of(int chunk) { return ((chunk + 1) * PARTS - 1) / TILE_CHUNKS; }
-// The first whose rows are in it.
-__host__ __device__ constexpr int slice_warp(int block) { return slice_first(block) / CHUNKS; }
-__host__ __device__ constexpr int most_warps_of_a_slice() {
-    int most = 0;
-    for (int block = 0; block < PARTS; ++block) {
-        const int warps = (slice_first(block + 1) + CHUNKS - 1) / CHUNKS - slice_warp(block);
-        most = warps > most ? warps : most;
-    }
-    return most;
+// Of a part; a warp has 16 rows.
+constexpr int HALF_PIECES = DV / 16, WARP_PIECES = 2 * HALF_PIECES, TILE_PIECES = ROWS / 16 * WARP_PIECES;
+constexpr u32 PIECE_BYTES = 512, STATE_BYTES = 16;  // the latter of a row: m, l, and the launch's number
+constexpr u32 PART_BYTES = TILE_PIECES * PIECE_BYTES + ROWS * STATE_BYTES;
+// A block adds up 1/PARTS of the pieces. Where it has more warps than pieces, several share one, each with some of the parts.
+constexpr int CONSUMER_WARPS = CONSUMER_THREADS / 32, SLICE_PIECES = (TILE_PIECES + PARTS - 1) / PARTS;
+__host__ __device__ constexpr int warps_of_a_piece() {
+    int warps = 1;
+    while (2 * warps * SLICE_PIECES <= CONSUMER_WARPS && 2 * warps <= PARTS) warps *= 2;
+    return warps;
 }
-constexpr int SLICE_CHUNKS = (TILE_CHUNKS + PARTS - 1) / PARTS;
-constexpr u32 SLICE_BYTES = SLICE_CHUNKS * CHUNK_BYTES + most_warps_of_a_slice() * STATE_BYTES;
-constexpr bool IN_CLUSTER = CLUSTERED && PARTS > 1;
-constexpr u32 SLICES_BYTES = IN_CLUSTER ? PARTS * SLICE_BYTES : 0;
-constexpr bool APART =
-    Q_BYTES + RING_BYTES + MERGED_BYTES + SLICES_BYTES + BARRIER_BYTES <= 227 * 1024;  // of a block on sm_90
-static_assert(Q_BYTES + RING_BYTES + MERGED_BYTES + (APART ? SLICES_BYTES : 0) + BARRIER_BYTES <= SHARED_BYTES, "room");
-constexpr int MAX_PARTS = 32;  // that meet in memory: a warp asks for them at once
-static_assert(CLUSTERED ? PARTS <= 16 : PARTS <= MAX_PARTS, "parts of a tile");
+constexpr int PIECE_WARPS = warps_of_a_piece();
 static_assert(SHARED_ROWS == 1 || (ROWS == 64 && STAGES % 2 == 0), "a stage belongs to one of two consumers");
 static_assert(!PERSISTENT || (PARTS == 1 && SHARED_ROWS == 1), "the ring goes on from tile to tile");
-static_assert(SLICES_BYTES + (APART ? 0 : SLICES_BYTES) <= RING_BYTES + (APART ? 0 : Q_BYTES), "no room for the parts");
 
 extern "C" {
 
@@ -152,8 +132,8 @@ struct Params {
     u32 all_groups;      // of all batch elements
     u32 tiles_in_all;    // of all head groups, and of all columns of V
     u64* taken;          // where PERSISTENT: tiles, over all launches
-    u32* arrived;        // where tiles meet in memory: (tile, MAX_PARTS) of what each part has told, over all launches
-    unsigned char* parts;  // where they meet: (tile, part) of PART_BYTES
+    u32* launches;       // where tiles have parts: of each block, how many there were before this one
+    unsigned char* parts;  // the same: (tile, part) of PART_BYTES
     int seqlen_q, seqlen_k, head_dim_v;
     int ahead, behind;   // a query at key position p sees the keys from p - behind to below p + ahead
     float scale_log2;    // softmax_scale · log2(e)
@@ -218,40 +198,8 @@ __device__ __forceinline__ void load_box(u32 target, const TensorMap& map, u32 b
         : "memory");
 }
 
-__device__ __forceinline__ u32 in_block(u32 address, u32 block) {
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
-    return there;
-}
-
-// Both `target` and `barrier` are addresses in another block of the cluster.
-__device__ __forceinline__ void send(u32 target, u32 source, u32 bytes, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-        "r"(source), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-
-// Orders nothing: what the barriers of a cluster tell here is who is ready to receive, and who has received.
-__device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_wait() {
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// What was stored to shared memory is seen by bulk copies.
-__device__ __forceinline__ void fence_async() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 __device__ __forceinline__ void store_shared(u32 address, u32 value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_shared_pair(u32 address, float2 pair) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(pair.x), "f"(pair.y) : "memory");
 }
 
 __device__ __forceinline__ u32 load_shared(u32 address) {
@@ -260,10 +208,18 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
     return value;
 }
 
-__device__ __forceinline__ float2 load_shared_pair(u32 address) {
-    float2 pair;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
-    return pair;
+__device__ __forceinline__ void store_shared(u32 address, float4 x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ float4 load_shared_four(u32 address) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
 }
 
 // Four matrices of 8 × 8 values: lanes 8i to 8i + 7 know the rows of the i-th, 16 bytes each.
@@ -274,26 +230,30 @@ __device__ __forceinline__ void load_matrices(u32* words, u32 address) {
                  : "memory");
 }
 
-__device__ __forceinline__ float2 load_relaxed_pair(const void* address) {
-    float2 pair;
-    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "l"(address) : "memory");
-    return pair;
+// 16 bytes that other blocks see all at once, or not at all.
+__device__ __forceinline__ void store_relaxed(void* address, uint4 x) {
+    asm volatile(
+        "{\n.reg .b128 all;\n.reg .b64 low, high;\nmov.b64 low, {%1, %2};\nmov.b64 high, {%3, %4};\n"
+        "mov.b128 all, {low, high};\nst.relaxed.gpu.global.b128 [%0], all;\n}\n" ::"l"(address),
+        "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+        : "memory");
 }
 
-__device__ __forceinline__ u32 load_relaxed(const void* address) {
-    u32 value;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-    return value;
+__device__ __forceinline__ uint4 load_relaxed(const void* address) {
+    uint4 x;
+    asm volatile(
+        "{\n.reg .b128 all;\n.reg .b64 low, high;\nld.relaxed.gpu.global.b128 all, [%4];\n"
+        "mov.b128 {low, high}, all;\nmov.b64 {%0, %1}, low;\nmov.b64 {%2, %3}, high;\n}\n"
+        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+        : "l"(address)
+        : "memory");
+    return x;
 }
 
-__device__ __forceinline__ u32 load_acquire(const u32* counter) {
-    u32 value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ void add_release(u32* counter) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+__device__ __forceinline__ u32 and_of_warp(u32 x) {
+    u32 all;
+    asm volatile("redux.sync.and.b32 %0, %1, 0xFFFFFFFF;" : "=r"(all) : "r"(x));
+    return all;
 }
 
 __device__ __forceinline__ u64 add_relaxed(u64* counter) {
@@ -471,7 +431,7 @@ struct Tile {
     int batch, group;        // of PACK query heads
     int query;               // the first
     int column;              // of V: the first
-    int chunks;              // of the rows that there are
+    int pieces;              // of a part, of the rows that there are
     int block, blocks;       // this block's key blocks: the first, and how many
     int whole_lo, whole_hi;  // the keys that all rows of the tile see
 };
@@ -481,7 +441,24 @@ __device__ __forceinline__ u32 operator/(u32 n, const Divisor& d) { return (__um
 __device__ __forceinline__ int low_key(const Params& p, int position) { return WINDOW ? max(0, position - p.behind) : 0; }
 __device__ __forceinline__ int high_key(const Params& p, int position) { return min(p.seqlen_k, position + p.ahead); }
 
-__device__ __forceinline__ Tile tile_of(const Params& p, u32 number, u32 rank) {
+// What follows from the fields before `pieces`.
+__device__ __forceinline__ void complete(const Params& p, Tile& tile, u32 rank) {
+    const int queries = min(p.seqlen_q - tile.query, QUERIES);
+    tile.pieces = (queries * PACK + 7) / 8 * HALF_PIECES;
+    int lo = 0, hi = p.seqlen_k;
+    tile.whole_lo = 0, tile.whole_hi = p.seqlen_k;
+    if (MASKED) {
+        const int top = tile.query + p.seqlen_k - p.seqlen_q, bottom = top + queries - 1;
+        lo = low_key(p, top), hi = max(lo, high_key(p, bottom));
+        tile.whole_lo = low_key(p, bottom), tile.whole_hi = high_key(p, top);
+    }
+    const int first = lo / KEYS, all = (hi + KEYS - 1) / KEYS - first;
+    tile.block = first + all * int(rank) / PARTS;
+    tile.blocks = first + all * int(rank + 1) / PARTS - tile.block;
+}
+
+// By its number among all of the launch.
+__device__ __forceinline__ Tile tile_of(const Params& p, u32 number) {
     Tile tile;
     const u32 work = number / u32(SPLIT_V);
     tile.column = number % SPLIT_V * DV;
@@ -496,33 +473,29 @@ __device__ __forceinline__ Tile tile_of(const Params& p, u32 number, u32 rank) {
     tile.batch = all_groups / p.groups;
     tile.group = all_groups - tile.batch * p.groups.value;
     tile.query = (p.tiles.value - 1 - tiles_left) * QUERIES;
-    const int queries = min(p.seqlen_q - tile.query, QUERIES);
-    tile.chunks = (queries * PACK + 15) / 16 * CHUNKS;
-    int lo = 0, hi = p.seqlen_k;
-    tile.whole_lo = 0, tile.whole_hi = p.seqlen_k;
-    if (MASKED) {
-        const int top = tile.query + p.seqlen_k - p.seqlen_q, bottom = top + queries - 1;
-        lo = low_key(p, top), hi = max(lo, high_key(p, bottom));
-        tile.whole_lo = low_key(p, bottom), tile.whole_hi = high_key(p, top);
-    }
-    const int first = lo / KEYS, all = (hi + KEYS - 1) / KEYS - first;
-    tile.block = first + all * int(rank) / PARTS;
-    tile.blocks = first + all * int(rank + 1) / PARTS - tile.block;
+    complete(p, tile, 0);
+    return tile;
+}
+
+// Of blocks that all run at once: their order does not matter, and no division is waited for.
+__device__ __forceinline__ Tile tile_of_block(const Params& p) {
+    Tile tile;
+    tile.column = blockIdx.x / PARTS % SPLIT_V * DV;
+    tile.query = blockIdx.x / (PARTS * SPLIT_V) * QUERIES;
+    tile.group = blockIdx.y, tile.batch = blockIdx.z;
+    complete(p, tile, blockIdx.x % PARTS);
     return tile;
 }
 
 struct Shared {
-    u32 queries, ring, merged, received, staged, barriers, all_received, k_full, k_empty, v_full, v_empty;
+    u32 queries, ring, halves, barriers, k_full, k_empty, v_full, v_empty;
 
     __device__ __forceinline__ explicit Shared(u32 base)
         : queries(base),
           ring(base + Q_BYTES),
-          merged(ring + RING_BYTES),
-          received(APART ? merged + MERGED_BYTES : base),
-          staged(APART ? ring : base + SLICES_BYTES),
-          barriers(merged + MERGED_BYTES + (APART ? SLICES_BYTES : 0)),
-          all_received(barriers + 40),
-          k_full(all_received + 8),
+          halves(ring + RING_BYTES),
+          barriers(halves + HALVES_BYTES),
+          k_full(barriers + 40),
           k_empty(k_full + 8 * STAGES),
           v_full(k_empty + 8 * STAGES),
           v_empty(v_full + 8 * STAGES) {}
@@ -604,7 +577,7 @@ struct Producer {
             barrier_arrive(shared.q_full(turn));
             return false;
         }
-        tile = tile_of(p, number, 0);
+        tile = tile_of(p, number);
         begin(tile, turn, at);
         return true;
     }
@@ -800,35 +773,42 @@ __device__ __forceinline__ void pack_all(const float (&s)[KEYS / 2], u32 (&weigh
     for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1]);
 }
 
-// Consumer 1 hands what it has over to consumer 0, whose threads have the same rows and columns.
-__device__ __forceinline__ void merge(const Shared& shared, int consumer, int thread, float (&o)[DV / 2],
-                                      Softmax& softmax) {
-    const u32 mine = shared.merged + thread * 4;
-    constexpr int STEP = WARPGROUP * 4, STATE = DV / 2;
-    if (consumer == 1) {
+// Two consumers of the same rows: each hands over half of its columns, and adds the other's to the half that it keeps, the
+// first or the second.
+template <int KEPT>
+__device__ __forceinline__ void exchange(const Shared& shared, int thread, float (&o)[DV / 2], Softmax& softmax) {
+    constexpr int STEP = WARPGROUP * 16, STATE = DV / 16;
+    const u32 given = shared.halves + (1 - KEPT) * HALF_BYTES + thread * 16;
+    const u32 taken = shared.halves + KEPT * HALF_BYTES + thread * 16;
 #pragma unroll
-        for (int i = 0; i < DV / 2; ++i) store_shared(mine + i * STEP, __float_as_uint(o[i]));
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            store_shared(mine + (STATE + h) * STEP, __float_as_uint(softmax.shift[h]));
-            store_shared(mine + (STATE + 2 + h) * STEP, __float_as_uint(softmax.sum[h]));
-        }
+    for (int i = 0; i < STATE; ++i) {
+        const float* const x = o + (1 - KEPT) * DV / 4 + 4 * i;
+        store_shared(given + i * STEP, make_float4(x[0], x[1], x[2], x[3]));
     }
+    store_shared(given + STATE * STEP,
+                 make_float4(softmax.shift[0], softmax.shift[1], softmax.sum[0], softmax.sum[1]));
     sync_threads(1, CONSUMER_THREADS);
-    if (consumer == 1) return;
-    const auto theirs = [&](int i) { return __uint_as_float(load_shared(mine + i * STEP)); };
+    const float4 state = load_shared_four(taken + STATE * STEP);
+    const float other[2] = {state.x, state.y}, other_sum[2] = {state.z, state.w};
     float factor[2], other_factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const float other = theirs(STATE + h), after = fmaxf(softmax.shift[h], other);
-        const float finite = Softmax::finite(after);
+        const float after = fmaxf(softmax.shift[h], other[h]), finite = Softmax::finite(after);
         factor[h] = exp2_approx(softmax.shift[h] - finite);
-        other_factor[h] = exp2_approx(other - finite);
+        other_factor[h] = exp2_approx(other[h] - finite);
         softmax.shift[h] = after;
-        softmax.sum[h] = softmax.sum[h] * factor[h] + theirs(STATE + 2 + h) * other_factor[h];
+        softmax.sum[h] = softmax.sum[h] * factor[h] + other_sum[h] * other_factor[h];
     }
 #pragma unroll
-    for (int i = 0; i < DV / 2; ++i) o[i] = o[i] * factor[i / 2 % 2] + theirs(i) * other_factor[i / 2 % 2];
+    for (int i = 0; i < STATE; ++i) {
+        const float4 x = load_shared_four(taken + i * STEP);
+        const float theirs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float& mine = o[KEPT * DV / 4 + 4 * i + j];
+            mine = mine * factor[j / 2] + theirs[j] * other_factor[j / 2];
+        }
+    }
 }
 
 // ---- the output ---------------------------------------------------------------------------------------------------
@@ -866,7 +846,7 @@ __device__ __forceinline__ void transpose(u32 (&w)[4], int lane) {
 
 // Row `h` of the two that a thread holds.
 __device__ __forceinline__ Row own_row(const Params& p, const Tile& tile, int consumer, int thread, int h) {
-    return out_row(p, tile, 64 * consumer + thread / 32 * 16 + thread % 32 / 4 + 8 * h);
+    return out_row(p, tile, 64 * (consumer / SHARED_ROWS) + thread / 32 * 16 + thread % 32 / 4 + 8 * h);
 }
 
 // Of a tile of one part: writes the log-sum-exp, and gives what the output is multiplied by.
@@ -876,13 +856,15 @@ __device__ __forceinline__ void write_sums(const Params& p, const Tile& tile, in
     for (int h = 0; h < 2; ++h) {
         const Row place = own_row(p, tile, consumer, thread, h);
         inverse[h] = Softmax::inverse(softmax.sum[h], place.blind);
-        if (p.lse && thread % 4 == 0 && tile.column == 0 && place.valid) {
+        if (p.lse && thread % 4 == 0 && tile.column == 0 && consumer % SHARED_ROWS == 0 && place.valid) {
             p.lse[place.index] = Softmax::log_sum(softmax.shift[h], softmax.sum[h]);
         }
     }
 }
 
-// A tile of one part, from registers: each lane has 16 bytes of a row after its four have exchanged theirs.
+// A tile of one part, from registers, columns 8·FIRST to below 8·END: each lane has 16 bytes of a row after its four have
+// exchanged theirs.
+template <int FIRST, int END>
 __device__ __forceinline__ void write_rows(const Params& p, const Tile& tile, int consumer, int thread,
                                            const float (&o)[DV / 2], const float (&inverse)[2]) {
     const int lane = thread % 32;
@@ -891,7 +873,7 @@ __device__ __forceinline__ void write_rows(const Params& p, const Tile& tile, in
     for (int h = 0; h < 2; ++h) {
         const Row place = own_row(p, tile, consumer, thread, h);
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c += 4) {
+        for (int c = FIRST; c < END; c += 4) {
             u32 w[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -1004,7 +986,7 @@ __device__ __forceinline__ void attend(const Params& p, Tile& tile, const Shared
 
         // The first scores of the next tile together with the last values of this one, so that the tensor cores do not
         // wait for a softmax between tiles either.
-        const Tile following = tile_of(p, number, 0);
+        const Tile following = tile_of(p, number);
         before += tile.blocks;
         const Slot slot(before - 1), next(before);
         barrier_wait(shared.k_full + 8 * next.stage, next.parity);
@@ -1029,7 +1011,7 @@ __device__ __forceinline__ void attend(const Params& p, Tile& tile, const Shared
         settle(o);
         softmax.add();
         pack_all(s, weights);
-        write_rows(p, tile, consumer, thread, o, inverse);
+        write_rows<0, CHUNKS>(p, tile, consumer, thread, o, inverse);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < DV / 2; ++i) o[i] = 0;
@@ -1045,232 +1027,171 @@ __device__ __forceinline__ void attend(const Params& p, Tile& tile, const Shared
 
 // ---- parts --------------------------------------------------------------------------------------------------------
 
-// Four floats without their last 8 bits: the fourth one's bytes are where those of the others were.
-__device__ __forceinline__ void pack_chunk(const float* x, u32 (&words)[3]) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-        words[i] = __byte_perm(__float_as_uint(x[i]), __float_as_uint(x[3]), 0x3210 | (5 + i));
-    }
-}
-
-__device__ __forceinline__ void unpack_chunk(const u32 (&words)[3], float (&x)[4]) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) x[i] = __uint_as_float(words[i] & 0xFFFFFF00u);
-    x[3] = __uint_as_float(__byte_perm(__byte_perm(words[0], words[1], 0x0400), words[2], 0x4210) & 0xFFFFFF00u);
-}
-
-// Of a tile, for a block to add up.
-struct Slice {
-    int first, end;  // chunks
-};
-
-// Where a part meets the others: in memory, or first in the block's own shared memory, slice by slice.
-struct PartInMemory {
+// A part, and the launch that it is of.
+struct Part {
     unsigned char* base;
+    u32 launch;
 
-    __device__ __forceinline__ void store(int chunk, u32 at, u32 word) const {
-        *reinterpret_cast<u32*>(base + chunk * CHUNK_BYTES + at) = word;
+    __device__ __forceinline__ void* piece(int number, int lane) const {
+        return base + number * PIECE_BYTES + lane * 16;
     }
-    __device__ __forceinline__ void store_state(int warp, int lane, int row, float2 state) const {
-        unsigned char* const states = base + TILE_CHUNKS * CHUNK_BYTES;
-        if (lane % 4 == 0) *reinterpret_cast<float2*>(states + warp * STATE_BYTES + row * 8) = state;
-    }
+    __device__ __forceinline__ void* state(int row) const { return base + TILE_PIECES * PIECE_BYTES + row * STATE_BYTES; }
 };
 
-struct StagedPart {
-    u32 base;
-
-    __device__ __forceinline__ void store(int chunk, u32 at, u32 word) const {
-        const int slice = slice_of(chunk);
-        store_shared(base + slice * SLICE_BYTES + (chunk - slice_first(slice)) * CHUNK_BYTES + at, word);
-    }
-    // To all slices that have rows of the warp; four lanes know each state.
-    __device__ __forceinline__ void store_state(int warp, int lane, int row, float2 state) const {
-        const int last = slice_of((warp + 1) * CHUNKS - 1);
-        for (int slice = slice_of(warp * CHUNKS) + lane % 4; slice <= last; slice += 4) {
-            const u32 states = base + slice * SLICE_BYTES + SLICE_CHUNKS * CHUNK_BYTES;
-            store_shared_pair(states + (warp - slice_warp(slice)) * STATE_BYTES + row * 8, state);
-        }
-    }
-};
-
-// This thread's share of a part.
-template <class Part>
-__device__ __forceinline__ void store_part(int consumer, int thread, const float (&o)[DV / 2], const Softmax& softmax,
-                                           const Part& part) {
-    const int lane = thread % 32, warp = 4 * consumer + thread / 32;
-#pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-        u32 words[3];
-        pack_chunk(o + 4 * c, words);
-#pragma unroll
-        for (int i = 0; i < 3; ++i) part.store(warp * CHUNKS + c, i * 128 + lane * 4, words[i]);
+// This thread's share of columns 16·FIRST to below 16·END, and of the states if these are the first.
+template <int FIRST, int END>
+__device__ __forceinline__ void store_part(const Part& part, const Tile& tile, int warp, int lane,
+                                           const float (&o)[DV / 2], const Softmax& softmax) {
+    if (FIRST == 0 && lane % 4 < 2) {
+        const int h = lane % 4;
+        const float shift = h ? softmax.shift[1] : softmax.shift[0], sum = h ? softmax.sum[1] : softmax.sum[0];
+        store_relaxed(part.state(warp * 16 + lane / 4 + 8 * h),
+                      make_uint4(__float_as_uint(shift), __float_as_uint(sum), part.launch, 0));
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        part.store_state(warp, lane, lane / 4 + 8 * h, make_float2(softmax.shift[h], softmax.sum[h]));
+        const int first = warp * WARP_PIECES + h * HALF_PIECES;
+        if (first >= tile.pieces) continue;  // of rows that there are not
+#pragma unroll
+        for (int j = FIRST; j < END; ++j) {
+            const float *const low = o + 8 * j + 2 * h, *const high = low + 4;
+            const u32 last = __byte_perm(__float_as_uint(high[1]), part.launch, 0x3214);
+            store_relaxed(part.piece(first + j, lane), make_uint4(__float_as_uint(low[0]), __float_as_uint(low[1]),
+                                                                  __float_as_uint(high[0]), last));
+        }
     }
 }
 
-// What a lane adds up: its four floats of a chunk, in two rows.
+// What a lane adds up: its four floats of a piece, in one row.
 struct Sum {
-    float shift[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0}, total[4] = {0, 0, 0, 0};
+    float shift = MINUS_INFINITY, sum = 0, total[4] = {0, 0, 0, 0};
+
+    __device__ __forceinline__ void add(float other_shift, float other_sum, const float (&other)[4]) {
+        const float after = fmaxf(shift, other_shift), finite = Softmax::finite(after);
+        const float factor = exp2_approx(shift - finite), other_factor = exp2_approx(other_shift - finite);
+        shift = after, sum = sum * factor + other_sum * other_factor;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[i] = total[i] * factor + other[i] * other_factor;
+    }
 
     template <int N>
-    __device__ __forceinline__ void add(const u32 (&words)[N][3], const float2 (&state)[N][2]) {
-        float finite[2];
+    __device__ __forceinline__ void add(const uint4 (&words)[N], const uint4 (&state)[N]) {
+        float after = shift;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float after = shift[h];
+        for (int i = 0; i < N; ++i) after = fmaxf(after, __uint_as_float(state[i].x));
+        const float finite = Softmax::finite(after), factor = exp2_approx(shift - finite);
+        shift = after, sum *= factor;
 #pragma unroll
-            for (int i = 0; i < N; ++i) after = fmaxf(after, state[i][h].x);
-            finite[h] = Softmax::finite(after);
-            const float factor = exp2_approx(shift[h] - finite[h]);
-            shift[h] = after;
-            sum[h] *= factor, total[2 * h] *= factor, total[2 * h + 1] *= factor;
-        }
+        for (int i = 0; i < 4; ++i) total[i] *= factor;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            float x[4];
-            unpack_chunk(words[i], x);
+            const float weight = exp2_approx(__uint_as_float(state[i].x) - finite);
+            sum += __uint_as_float(state[i].y) * weight;
+            const u32 x[4] = {words[i].x, words[i].y, words[i].z, words[i].w & 0xFFFFFF00u};
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float weight = exp2_approx(state[i][h].x - finite[h]);
-                sum[h] += state[i][h].y * weight;
-                total[2 * h] += x[2 * h] * weight, total[2 * h + 1] += x[2 * h + 1] * weight;
-            }
+            for (int j = 0; j < 4; ++j) total[j] += __uint_as_float(x[j]) * weight;
         }
     }
 
-    __device__ __forceinline__ void write(const Params& p, const Tile& tile, int chunk, int lane) const {
+    __device__ __forceinline__ void write(const Params& p, const Tile& tile, int piece, int lane) const {
+        const int rows = piece / HALF_PIECES * 8, first = tile.column + piece % HALF_PIECES * 16 + lane % 4 * 2;
+        const Row place = out_row(p, tile, rows + lane / 4);
+        if (!place.valid) return;
+        const float inverse = Softmax::inverse(sum, place.blind);
         u32* const out = static_cast<u32*>(p.out);
-        const int column = tile.column + chunk % CHUNKS * 8 + lane % 4 * 2;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const Row place = out_row(p, tile, chunk / CHUNKS * 16 + lane / 4 + 8 * h);
-            if (!place.valid) continue;
-            const float inverse = Softmax::inverse(sum[h], place.blind);
+        for (int i = 0; i < 2; ++i) {
+            const int column = first + 8 * i;
             if (column < p.head_dim_v) {
-                const u32 both = pack(total[2 * h] * inverse, total[2 * h + 1] * inverse);
+                const u32 both = pack(total[2 * i] * inverse, total[2 * i + 1] * inverse);
                 out[(place.index * p.head_dim_v + column) / 2] = both;
             }
-            if (p.lse && column == 0) p.lse[place.index] = Softmax::log_sum(shift[h], sum[h]);
         }
+        if (p.lse && first == 0) p.lse[place.index] = Softmax::log_sum(shift, sum);
     }
 };
 
-// Adds up a slice and writes it. `parts` tells which there are, a bit for each, and gives a lane's word of a part's
-// chunk, and a row's state.
-template <class Parts>
-__device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, const Slice& slice, int thread,
-                                          const Parts& parts) {
+// Adds up pieces `first` to below `end` of a tile's parts, of which `part` is the first, and writes them.
+__device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, const Shared& shared, int first, int end,
+                                          int thread, const Part& part) {
     // As much is asked for at once as there are registers for: what comes from memory takes its time.
-    constexpr int WARPS = CONSUMER_THREADS / 32, TOGETHER = SLICE_CHUNKS > WARPS && PARTS <= 8 ? 2 : 1;
-    constexpr int ROUNDS = (PARTS + 15) / 16, BATCH = (PARTS + ROUNDS - 1) / ROUNDS;
-    const int lane = thread % 32;
-    for (int chunk = slice.first + thread / 32 * TOGETHER; chunk < slice.end; chunk += WARPS * TOGETHER) {
+    constexpr int SHARE = (PARTS + PIECE_WARPS - 1) / PIECE_WARPS, ROUNDS = (SHARE + 15) / 16;
+    constexpr int BATCH = (SHARE + ROUNDS - 1) / ROUNDS, SLOTS = CONSUMER_WARPS / PIECE_WARPS;
+    constexpr int TURNS = (SLICE_PIECES + SLOTS - 1) / SLOTS, TOGETHER = TURNS < 16 / BATCH ? TURNS : 16 / BATCH;
+    constexpr u32 ALL = (1ull << BATCH) - 1;
+    const int warp = thread / 32, lane = thread % 32, slot = warp / PIECE_WARPS, helper = warp % PIECE_WARPS;
+    const int from = PARTS * helper / PIECE_WARPS, to = PARTS * (helper + 1) / PIECE_WARPS;
+    for (int piece = first + slot * TOGETHER; piece < end; piece += SLOTS * TOGETHER) {
         Sum sums[TOGETHER];
 #pragma unroll
-        for (int first = 0; first < PARTS; first += BATCH) {
-            float2 state[TOGETHER][BATCH][2];
-            u32 words[TOGETHER][BATCH][3];
-            const u32 all = (1ull << min(BATCH, PARTS - first)) - 1;
-            // What is there is asked for while the rest is waited for.
-            for (u32 asked = 0, there; asked != all; asked |= there) {
-                there = parts.there(lane) >> first & all & ~asked;
+        for (int round = 0; round < ROUNDS; ++round) {
+            uint4 words[TOGETHER][BATCH], state[TOGETHER][BATCH];
+            const int begin = from + round * BATCH;
+            for (u32 missing = ALL; missing;) {
+                u32 there = ~missing;
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
-                    if (!(there >> i & 1)) continue;
+                    if (!(missing >> i & 1)) continue;
 #pragma unroll
                     for (int j = 0; j < TOGETHER; ++j) {
-                        const int at = min(chunk + j, slice.end - 1);
-#pragma unroll
-                        for (int word = 0; word < 3; ++word) {
-                            words[j][i][word] = parts.word(first + i, at, word * 128 + lane * 4);
+                        if (begin + i >= to) {  // nothing, if there is room
+                            words[j][i] = make_uint4(0, 0, 0, part.launch & 0xFF);
+                            state[j][i] = make_uint4(__float_as_uint(MINUS_INFINITY), 0, part.launch, 0);
+                            continue;
                         }
-#pragma unroll
-                        for (int h = 0; h < 2; ++h) {
-                            state[j][i][h] = parts.state(first + i, at / CHUNKS, (lane / 4 + 8 * h) * 8);
-                        }
+                        const Part other{part.base + (begin + i) * PART_BYTES, part.launch};
+                        const int at = min(piece + j, end - 1);
+                        words[j][i] = load_relaxed(other.piece(at, lane));
+                        state[j][i] = load_relaxed(other.state(at / HALF_PIECES * 8 + lane / 4));
                     }
                 }
-            }
 #pragma unroll
-            for (int i = PARTS - first; i < BATCH; ++i) {  // of the last batch: nothing, if there is room
+                for (int i = 0; i < BATCH; ++i) {
+                    bool is = true;
 #pragma unroll
-                for (int j = 0; j < TOGETHER; ++j) {
-                    words[j][i][0] = words[j][i][1] = words[j][i][2] = 0;
-                    state[j][i][0] = state[j][i][1] = make_float2(MINUS_INFINITY, 0);
+                    for (int j = 0; j < TOGETHER; ++j) {
+                        is &= ((words[j][i].w ^ part.launch) & 0xFF) == 0 && state[j][i].z == part.launch;
+                    }
+                    there |= u32(is) << i;
                 }
+                missing &= ~and_of_warp(there);
             }
 #pragma unroll
             for (int j = 0; j < TOGETHER; ++j) sums[j].add(words[j], state[j]);
         }
+        if (PIECE_WARPS > 1) {  // one piece for each warp: there is no other round
+            const u32 mine = shared.ring + thread * 32;
+            if (helper > 0) {
+                store_shared(mine, make_float4(sums[0].total[0], sums[0].total[1], sums[0].total[2], sums[0].total[3]));
+                store_shared(mine + 16, make_float4(sums[0].shift, sums[0].sum, 0, 0));
+            }
+            sync_threads(2 + slot, PIECE_WARPS * 32);
+            if (helper > 0) return;
+#pragma unroll
+            for (int other = 1; other < PIECE_WARPS; ++other) {
+                const float4 total = load_shared_four(mine + other * 1024), state = load_shared_four(mine + other * 1024 + 16);
+                sums[0].add(state.x, state.y, {total.x, total.y, total.z, total.w});
+            }
+        }
 #pragma unroll
         for (int j = 0; j < TOGETHER; ++j) {
-            if (chunk + j < slice.end) sums[j].write(p, tile, chunk + j, lane);
+            if (piece + j < end) sums[j].write(p, tile, piece + j, lane);
         }
     }
 }
 
-struct ReceivedParts {
-    u32 received, own;  // slices: of all parts but this block's, and that one
-    u32 rank;
-    int first_chunk, first_warp;
-
-    __device__ __forceinline__ u32 base(int part) const { return part == rank ? own : received + part * SLICE_BYTES; }
-
-    __device__ __forceinline__ u32 there(int) const { return ~0u; }
-
-    __device__ __forceinline__ u32 word(int part, int chunk, u32 at) const {
-        return load_shared(base(part) + (chunk - first_chunk) * CHUNK_BYTES + at);
+// What came of a block's keys, columns 16·FIRST to below 16·END: to where all parts of the tile are, or, of the only one, to the
+// output.
+template <int FIRST, int END>
+__device__ __forceinline__ void deliver(const Params& p, const Tile& tile, const Part& part, int consumer, int thread,
+                                        const float (&o)[DV / 2], const Softmax& softmax) {
+    if (PARTS > 1) {
+        store_part<FIRST, END>(part, tile, 4 * (consumer / SHARED_ROWS) + thread / 32, thread % 32, o, softmax);
+    } else {
+        float inverse[2];
+        write_sums(p, tile, consumer, thread, softmax, inverse);
+        write_rows<2 * FIRST, 2 * END>(p, tile, consumer, thread, o, inverse);
     }
-    __device__ __forceinline__ float2 state(int part, int warp, u32 at) const {
-        const u32 states = base(part) + SLICE_CHUNKS * CHUNK_BYTES;
-        return load_shared_pair(states + (warp - first_warp) * STATE_BYTES + at);
-    }
-};
-
-struct PartsInMemory {
-    const unsigned char* base;
-    const u32* arrived;
-    u32 goal;
-
-    __device__ __forceinline__ u32 arrived_by_now(int lane) const {
-        const bool is = static_cast<int>(load_acquire(arrived + min(lane, PARTS - 1)) - goal) >= 0;
-        const u32 parts = __ballot_sync(0xFFFFFFFFu, is);
-        __syncwarp();  // what one lane has acquired, all may read
-        return parts;
-    }
-
-    // Of many parts every turn would find a few: all are waited for, by one warp for its warpgroup, as those who ask
-    // are in the way of those who tell.
-    static constexpr bool TURNS = PARTS <= 8;
-    __device__ __forceinline__ void wait(int consumer, int thread) const {
-        if (TURNS) return;
-        if (thread < 32) {
-            while (arrived_by_now(thread) != ~0u) {
-            }
-        }
-        sync_threads(2 + consumer, WARPGROUP);
-    }
-    __device__ __forceinline__ u32 there(int lane) const { return TURNS ? arrived_by_now(lane) : ~0u; }
-
-    __device__ __forceinline__ u32 word(int part, int chunk, u32 at) const {
-        return load_relaxed(base + part * PART_BYTES + chunk * CHUNK_BYTES + at);
-    }
-    __device__ __forceinline__ float2 state(int part, int warp, u32 at) const {
-        return load_relaxed_pair(base + part * PART_BYTES + TILE_CHUNKS * CHUNK_BYTES + warp * STATE_BYTES + at);
-    }
-};
-
-// In a cluster: each other block's slice to it. A warp's copies are issued one after the other, so that all warps do some.
-__device__ __forceinline__ void send_slices(const Shared& shared, u32 rank, int thread) {
-    constexpr int LANES = CONSUMER_THREADS / (PARTS <= 2 ? 2 : PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : 16);
-    const u32 block = thread / LANES;
-    if (thread % LANES || block >= PARTS || block == rank) return;
-    send(in_block(shared.received + rank * SLICE_BYTES, block), shared.staged + block * SLICE_BYTES, SLICE_BYTES,
-         in_block(shared.all_received, block));
 }
 
 }  // namespace
@@ -1279,24 +1200,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     flash_attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                     const __grid_constant__ TensorMap v_map, const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    if (threadIdx.x == WARPGROUP) prefetch(k_map), prefetch(v_map);
     const Shared shared(shared_address(memory));
-    const u32 rank = blockIdx.x % PARTS, first_number = blockIdx.x / PARTS;
-    Tile tile = tile_of(p, first_number, rank);
+    Tile tile = PARTS > 1 ? tile_of_block(p) : tile_of(p, blockIdx.x);
     const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
 
-    Producer producer{p, shared, q_map, k_map, v_map};
+    // Three warps, so that the first products have to wait for as little as can be.
+    const Producer producer{p, shared, q_map, k_map, v_map};
     if (threadIdx.x == 0) {
         barrier_init(shared.q_full(0), 1);
+        fence_barriers();
+        if (tile.blocks) load_queries(tile, shared, q_map, 0);
+    } else if (threadIdx.x == 32) {
         barrier_init(shared.k_full, 1);
         fence_barriers();
-        producer.begin(tile, 0, 0);
+        if (tile.blocks) producer.ask_keys(tile, 0, 0);
+    } else if (threadIdx.x == 64) {
+        prefetch(v_map);
 #pragma unroll
         for (int buffer = 0; buffer < Q_BUFFERS; ++buffer) {
             if (buffer) barrier_init(shared.q_full(buffer), 1);
             barrier_init(shared.q_empty(buffer), CONSUMER_THREADS / 32);
         }
-        barrier_init(shared.all_received, 1);
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
             if (stage) barrier_init(shared.k_full + 8 * stage, 1);
@@ -1305,76 +1229,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(shared.v_empty + 8 * stage, CONSUMERS / SHARED_ROWS);
         }
         fence_barriers();
-        if (IN_CLUSTER) barrier_expect(shared.all_received, SLICES_BYTES - SLICE_BYTES);
     }
+    // The number of this launch; 0 is what memory holds before the first. None but this block counts its launches.
+    const u32 number = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    const u32 launch = PARTS > 1 ? p.launches[number] + 1 : 0;
     __syncthreads();
-    if (IN_CLUSTER && APART) cluster_arrive();  // nobody sends before all barriers are there
 
     if (warpgroup == 0) {
         if (CONSUMERS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (thread == 0) {
-            producer.run(tile);
-        }
-        __syncwarp();
-        if (IN_CLUSTER) {
-            if (!APART) cluster_arrive();
-            cluster_wait(), cluster_arrive(), cluster_wait();
-        }
+        if (thread == 0) producer.run(tile);
+        if (PARTS > 1 && thread == 32) p.launches[number] = launch;
     } else {
         if (CONSUMERS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         const int consumer = warpgroup - 1;
-        const bool has_rows = SHARED_ROWS == 1 || consumer == 0;
         float o[DV / 2];
 #pragma unroll
         for (int i = 0; i < DV / 2; ++i) o[i] = 0;
         Softmax softmax;
         attend(p, tile, shared, consumer, thread, o, softmax);
         softmax.finish();
-        if (PARTS == 1) {
-            if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
-            if (has_rows) {
-                float inverse[2];
-                write_sums(p, tile, consumer, thread, softmax, inverse);
-                write_rows(p, tile, consumer, thread, o, inverse);
-            }
-        } else if (IN_CLUSTER) {
-            if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
-            if (!APART) cluster_arrive();  // nobody sends before all have read Q and the ring
-            cluster_wait();
-            // Both consumers have read the ring.
-            if (APART && SHARED_ROWS == 1 && CONSUMERS > 1) sync_threads(1, CONSUMER_THREADS);
-            if (has_rows) {
-                store_part(consumer, thread, o, softmax, StagedPart{shared.staged});
-                fence_async();
-            }
-            sync_threads(1, CONSUMER_THREADS);
-            send_slices(shared, rank, threadIdx.x - WARPGROUP);
-            barrier_wait(shared.all_received, 0);
-            __syncwarp();
-            cluster_arrive();
-            const ReceivedParts parts{shared.received, shared.staged + rank * SLICE_BYTES, rank, slice_first(rank),
-                                      slice_warp(rank)};
-            add_parts(p, tile, Slice{slice_first(rank), min(slice_first(rank + 1), tile.chunks)},
-                      threadIdx.x - WARPGROUP, parts);
-            __syncwarp();
-            cluster_wait();  // a block's memory outlives what it sends
+        const Part first{p.parts + u64(number / PARTS) * PARTS * PART_BYTES, launch};
+        const Part own{first.base + number % PARTS * PART_BYTES, launch};
+        if constexpr (SHARED_ROWS == 1) {
+            deliver<0, HALF_PIECES>(p, tile, own, consumer, thread, o, softmax);
+        } else if (consumer == 0) {
+            exchange<0>(shared, thread, o, softmax);
+            deliver<0, HALF_PIECES / 2>(p, tile, own, consumer, thread, o, softmax);
         } else {
-            unsigned char* const parts = p.parts + u64(first_number) * PARTS * PART_BYTES;
-            u32* const arrived = p.arrived + u64(first_number) * MAX_PARTS;
-            // Each launch adds as much to each part's. Of this block none but the other consumer can have added yet.
-            const u32 goal = load_acquire(arrived + rank) / (ROWS / 64) * (ROWS / 64) + ROWS / 64;
-            if (SHARED_ROWS > 1) merge(shared, consumer, thread, o, softmax);
-            if (has_rows) {
-                if ((4 * consumer + thread / 32) * CHUNKS < tile.chunks) {
-                    store_part(consumer, thread, o, softmax, PartInMemory{parts + rank * PART_BYTES});
-                }
-                sync_threads(2 + consumer, WARPGROUP);
-                if (thread == 0) add_release(arrived + rank);
-            }
-            const Slice slice{tile.chunks * int(rank) / PARTS, tile.chunks * int(rank + 1) / PARTS};
-            const PartsInMemory others{parts, arrived, goal};
-            others.wait(consumer, thread);
-            add_parts(p, tile, slice, threadIdx.x - WARPGROUP, others);
+            exchange<1>(shared, thread, o, softmax);
+            deliver<HALF_PIECES / 2, HALF_PIECES>(p, tile, own, consumer, thread, o, softmax);
+        }
+        if (PARTS > 1) {
+            // The ring, where warps meet, has been read by all.
+            if (PIECE_WARPS > 1 && SHARED_ROWS == 1) sync_threads(1, CONSUMER_THREADS);
+            const u32 rank = number % PARTS;
+            add_parts(p, tile, shared, tile.pieces * rank / PARTS, tile.pieces * (rank + 1) / PARTS,
+                      threadIdx.x - WARPGROUP, first);
         }
     }
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -19,7 +19,6 @@ from attnbench.backend import Backend
 from attnbench.problem import DeviceKind, Problem
 from attnbench_plugins.jit_flash import cuda_driver, cuda_sm80
 from attnbench_plugins.jit_flash.cuda_config import (
-    CLUSTERS,
     SHARED_BYTES,
     Config,
     choose,
@@ -71,7 +70,7 @@ class Params(ctypes.Structure):
         *((name, Divisor) for name in ("tiles", "groups", "key_groups", "wave", "last_wave")),
         ("all_groups", ctypes.c_uint32),
         ("tiles_in_all", ctypes.c_uint32),
-        *((name, ctypes.c_void_p) for name in ("taken", "arrived", "parts")),
+        *((name, ctypes.c_void_p) for name in ("taken", "launches", "parts")),
         *((name, ctypes.c_int32) for name in ("seqlen_q", "seqlen_k", "head_dim_v", "ahead", "behind")),
         ("scale_log2", ctypes.c_float),
     )
@@ -136,7 +135,7 @@ class JitFlashCuda(Backend):
             return f"softmax_scale {problem.softmax_scale:g} is not between {MIN_SCALE:g} and {MAX_SCALE:g}"
         if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
             return f"more than {MAX_SEQLEN} queries or keys"
-        if problem.batch * problem.heads_q * -(-problem.seqlen_q // 64) * 4 * CLUSTERS[-1] > MAX_BLOCKS:
+        if problem.batch * problem.heads_q * -(-problem.seqlen_q // 64) * 4 > MAX_BLOCKS:
             return "more blocks than a grid may have"
         return None
 
@@ -204,10 +203,9 @@ class JitFlashCuda(Backend):
         if torch.cuda.get_device_capability() != CAPABILITY:
             gpu = current_gpu()
             return int(min(cuda_sm80.units(problem, cuda_sm80.choose(problem, gpu)), gpu.sms))
-        clusters = active_clusters(torch.cuda.current_device())
-        config = choose(problem, clusters)
-        launched = units(problem, config) * config.parts
-        return int(min(launched, clusters[config.cluster] * config.cluster))
+        sms = current_sms()
+        config = choose(problem, sms)
+        return int(min(units(problem, config) * config.parts, sms))
 
 
 def _require(problem: Problem, name: str, tensor: Tensor, dtype: object, device: object) -> None:
@@ -230,7 +228,7 @@ def _chosen(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Config | cuda_
     import torch
 
     if torch.cuda.get_device_capability() == CAPABILITY and all(map(_suits_tma, (q, k, v))):
-        return choose(problem, active_clusters(torch.cuda.current_device()))
+        return choose(problem, current_sms())
     return cuda_sm80.choose(problem, current_gpu())
 
 
@@ -275,23 +273,25 @@ def _launch(
     if shared_bytes is None:
         raise ValueError(f"{config} takes more shared memory than there is")
     launched = units(problem, config)
-    blocks = min(launched, active_clusters(q.device.index)[1]) if config.persistent else launched * config.parts
+    if config.parts > 1:  # the kernel finds its tile by the grid
+        grid = (launched * config.parts // (problem.batch * groups), groups, problem.batch)
+    else:
+        grid = (min(launched, current_sms()) if config.persistent else launched, 1, 1)
     params.tiles_in_all = launched
-    workspaces = Workspaces(problem, config, q.device)
+    workspaces = Workspaces(problem, config)
     # A graph needs them as long as it is replayed, and whoever replays it keeps the output, but maybe not the call.
     out.attnbench_workspaces = workspaces  # type: ignore[attr-defined]
 
     def arguments() -> Sequence[object]:
         own = Params.from_buffer_copy(params)
-        own.taken, own.arrived, own.parts = workspaces.another()
+        own.taken, own.launches, own.parts = workspaces.another()
         return (*maps, own)
 
     return Launch(
-        _kernel(cubin(problem, config), "flash_attention", shared_bytes, config.cluster, q.device.index),
-        blocks=blocks,
+        _kernel(cubin(problem, config), "flash_attention", shared_bytes, q.device.index),
+        grid=grid,
         threads=config.threads,
-        cluster=config.cluster,
-        cooperative=config.meets_in_memory,
+        cooperative=config.parts > 1,
         shared_bytes=shared_bytes,
         arguments=arguments,
     )
@@ -308,8 +308,8 @@ def _launch_strided(
     path = strided_cubin(problem, config, copy, "sm_{}{}".format(*torch.cuda.get_device_capability()))
     params = strided_params(problem, config, q, k, v, out, lse)
     return Launch(
-        _kernel(path, "flash_attention", shared_bytes, 1, q.device.index),
-        blocks=cuda_sm80.units(problem, config),
+        _kernel(path, "flash_attention", shared_bytes, q.device.index),
+        grid=(cuda_sm80.units(problem, config), 1, 1),
         threads=config.threads,
         shared_bytes=shared_bytes,
         arguments=lambda: (params,),
@@ -363,7 +363,6 @@ def macros(problem: Problem, config: Config) -> dict[str, int]:
         "STAGES": config.stages,
         "SHARED_ROWS": config.shared_rows,
         "PARTS": config.parts,
-        "CLUSTERED": int(config.clustered),
         "PERSISTENT": int(config.persistent),
         "PACK": packed_heads(problem, config.rows),
         "SHARED_BYTES": config.shared_bytes(problem.head_dim, problem.head_dim_v) or SHARED_BYTES,
@@ -402,10 +401,10 @@ def _toolchain(arch: str = ARCH) -> jit.Toolchain:
 
 
 @lru_cache
-def _kernel(path: Path, function: str, shared_bytes: int, cluster: int, device: int) -> Kernel:
+def _kernel(path: Path, function: str, shared_bytes: int, device: int) -> Kernel:
     """Loaded once a device, whose context is the current one."""
     kernel = Kernel(path, function)
-    kernel.allow(shared_bytes=shared_bytes, cluster=cluster)
+    kernel.allow(shared_bytes)
     return kernel
 
 
@@ -415,19 +414,6 @@ def current_gpu() -> cuda_sm80.Gpu:
     return cuda_sm80.Gpu(*map(cuda_driver.attribute, names))
 
 
-@lru_cache
-def active_clusters(device: int) -> Mapping[int, int]:
-    """How many clusters of each size the device runs at once, with one block on an SM: its SMs come in groups of
-    different sizes, and a cluster lies in one. The device must be the current one."""
-    import torch
-
-    torch.cuda.synchronize(device)  # which gives this thread the device's context
-    kernel = _kernel(_compiled("occupancy.cu"), "empty", SHARED_BYTES, CLUSTERS[-1], device)
-    alone = {1: cuda_driver.attribute(cuda_driver.SM_COUNT)}
-    return alone | {
-        size: kernel.active_clusters(
-            Launch(kernel, blocks=size, threads=128, cluster=size, shared_bytes=SHARED_BYTES, arguments=tuple)
-        )
-        for size in CLUSTERS
-        if size > 1
-    }
+def current_sms() -> int:
+    """The current context's device has so many. Raises DriverError."""
+    return int(cuda_driver.attribute(cuda_driver.SM_COUNT))

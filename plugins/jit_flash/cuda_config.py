@@ -9,19 +9,17 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from attnbench.problem import Problem
 
 SHARED_BYTES = 232_448
 """What a block may have on sm_90."""
-CHUNK_BYTES, STATE_BYTES = 384, 128
-"""Of a part: 8 columns of 16 rows, and what is known of 16 rows."""
-CLUSTERS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 15, 16)
-"""Blocks of a cluster: the sizes that were timed. More than 8 the kernel has to ask for."""
+STATE_BYTES = 16
+"""Of a part, what is known of a row beside its columns."""
 MAX_PARTS = 32
-"""Of a tile, that meet in memory."""
+"""Of a tile."""
 LARGE_ARRAYS = 192
 """Registers of a thread for scores, weights, output and queries: beyond, the kernel keeps queries in shared memory."""
 LONG = 1024
@@ -43,7 +41,6 @@ class Config:
     parts: int = 1
     split_v: int = 1
     shared_rows: int = 1
-    clustered: bool = True
     persistent: bool = False
 
     @property
@@ -52,19 +49,9 @@ class Config:
         return 2 * self.rows * self.shared_rows + 128
 
     @property
-    def cluster(self) -> int:
-        """Blocks of a cluster."""
-        return self.parts if self.clustered else 1
-
-    @property
-    def meets_in_memory(self) -> bool:
-        """Whether the parts of a tile do."""
-        return self.parts > 1 and not self.clustered
-
-    @property
     def has_workspace(self) -> bool:
         """Whether blocks of a launch meet in memory, or count there."""
-        return self.meets_in_memory or self.persistent
+        return self.parts > 1 or self.persistent
 
     def cannot_go_on(self, problem: Problem) -> str | None:
         """Why blocks cannot take one tile after the other; None where they can."""
@@ -80,7 +67,7 @@ class Config:
 
     def part_bytes(self, head_dim_v: int) -> int:
         """Of what a block tells the others of its tile."""
-        return self.rows // 16 * (self.columns(head_dim_v) // 8 * CHUNK_BYTES + STATE_BYTES)
+        return self.rows * (4 * self.columns(head_dim_v) + STATE_BYTES)
 
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int | None:
         """What a block needs, as the kernel lays it out; None where that is more than it may have."""
@@ -88,19 +75,10 @@ class Config:
         arrays = self.keys * 3 // 4 + dv // 2 + d // 4
         q = self.rows * d * 2 * (2 if self.persistent and arrays > LARGE_ARRAYS else 1)
         ring = self.stages * self.keys * (d + dv) * 2
-        barriers = 8 * (6 + 4 * self.stages)
-        merged = 128 * (dv // 2 + 4) * 4 if self.shared_rows > 1 else 0
-        needed = q + ring + merged + barriers
-        if self.cluster == 1:
-            return needed if needed <= SHARED_BYTES else None
-        chunks, parts = dv // 8, self.parts  # chunks of a warp's rows
-        firsts = [self.rows // 16 * chunks * block // parts for block in range(parts + 1)]
-        slice_chunks = -(-(self.rows // 16 * chunks) // parts)
-        slice_warps = max(-(-end // chunks) - first // chunks for first, end in itertools.pairwise(firsts))
-        slices = parts * (slice_chunks * CHUNK_BYTES + slice_warps * STATE_BYTES)
-        if needed + slices <= SHARED_BYTES:
-            return needed + slices if slices <= ring else None
-        return needed if needed <= SHARED_BYTES and 2 * slices <= q + ring else None
+        barriers = 8 * (5 + 4 * self.stages)
+        halves = 128 * (dv // 2 + 8) * 4 if self.shared_rows > 1 else 0
+        needed = q + ring + halves + barriers
+        return needed if needed <= SHARED_BYTES else None
 
 
 def rounded(head_dim: int) -> int:
@@ -118,14 +96,14 @@ def packed_heads(problem: Problem, rows: int) -> int:
 
 
 def units(problem: Problem, config: Config) -> int:
-    """Clusters that a launch has."""
+    """Tiles that a launch has, each of as many blocks as it has parts."""
     heads = packed_heads(problem, config.rows)
     tiles = -(-problem.seqlen_q // (config.rows // heads))
     return problem.batch * (problem.heads_q // heads) * tiles * config.split_v
 
 
-def configs(problem: Problem, clusters: Mapping[int, int]) -> Iterator[Config]:
-    """All that can run a problem and may be the fastest, where a device runs `clusters` at once, by their size."""
+def configs(problem: Problem, sms: int) -> Iterator[Config]:
+    """All that can run a problem and may be the fastest, on a device of so many SMs."""
     boxes = rounded(problem.head_dim_v) // 64
     masked = problem.causal or problem.window is not None
     for (rows, keys, shared_rows), split_v in itertools.product(SHAPES, range(1, boxes + 1)):
@@ -135,10 +113,10 @@ def configs(problem: Problem, clusters: Mapping[int, int]) -> Iterator[Config]:
         wide, large = boxes // split_v > 2, rows * shared_rows == 128
         if large and keys > 64 and wide:  # more registers than there are
             continue
-        blocks, tiles = -(-problem.seqlen_k // keys) // shared_rows, units(problem, one)
-        many = tiles > clusters[1] and problem.seqlen_k >= LONG
+        tiles = units(problem, one)
+        many = tiles > sms and problem.seqlen_k >= LONG
         long = _long_blocks(problem, split_v, masked=masked)
-        for parts, clustered in itertools.chain(_clustered(blocks), _in_memory(blocks, tiles, clusters[1])):
+        for parts in _numbers_of_parts(-(-problem.seqlen_k // keys) // shared_rows, sms // tiles):
             if parts == 1 and many and rows == 128 and not wide and keys != long:
                 continue
             if keys > 128 and (parts > 1 or masked or keys != long):
@@ -147,10 +125,8 @@ def configs(problem: Problem, clusters: Mapping[int, int]) -> Iterator[Config]:
             numbers = (2,) if rows == keys == 128 and parts == 1 else (4, 3, 2)
             # Going on to the next tile can take room for its queries, which there is not for large heads.
             for persistent, stages in itertools.product((True, False), numbers):
-                config = dataclasses.replace(
-                    one, stages=stages, parts=parts, clustered=clustered, persistent=persistent
-                )
-                if persistent and (tiles <= clusters[1] or config.cannot_go_on(problem)):
+                config = dataclasses.replace(one, stages=stages, parts=parts, persistent=persistent)
+                if persistent and (tiles <= sms or config.cannot_go_on(problem)):
                     continue
                 if stages % shared_rows == 0 and config.shared_bytes(problem.head_dim, problem.head_dim_v) is not None:
                     yield config
@@ -170,20 +146,16 @@ def _long_blocks(problem: Problem, split_v: int, *, masked: bool) -> int:
     return 64
 
 
-def _clustered(blocks: int) -> Iterator[tuple[int, bool]]:
-    """Numbers of parts that are a cluster, and one."""
-    yield from ((parts, True) for parts in CLUSTERS if parts == 1 or parts <= blocks)
+def _numbers_of_parts(blocks: int, most: int) -> Sequence[int]:
+    """Of a tile with so many key blocks, `most` at most: the least of those whose largest parts are as large."""
+    return sorted(
+        {-(-blocks // size) for size in range(1, blocks + 1) if -(-blocks // size) <= min(most, MAX_PARTS)} | {1}
+    )
 
 
-def _in_memory(blocks: int, tiles: int, processors: int) -> Iterator[tuple[int, bool]]:
-    """Numbers of parts that meet in memory: as many as can run at once, or a power of two, as key blocks often are."""
-    most = min(processors // tiles, blocks, MAX_PARTS)
-    yield from ((parts, False) for parts in sorted({most, 1 << max(most, 1).bit_length() - 1}) if parts > 1)
-
-
-def choose(problem: Problem, clusters: Mapping[int, int]) -> Config:
+def choose(problem: Problem, sms: int) -> Config:
     """The fastest by `predicted_us`."""
-    return min(configs(problem, clusters), key=lambda config: predicted_us(problem, config, clusters))
+    return min(configs(problem, sms), key=lambda config: predicted_us(problem, config, sms))
 
 
 LAUNCH_US = 1.2
@@ -204,10 +176,8 @@ SOFTMAX_CYCLES_A_KEY = 2.05
 """Of 64 rows."""
 BLOCK_CYCLES, MERGE_CYCLES = 653.0, 720.0
 """What a key block takes besides, and two consumers of the same rows at the end."""
-CLUSTER_CYCLES, CLUSTER_CYCLES_A_PART, CLUSTER_BYTES_A_CYCLE = 217.0, 64.0, 13.0
-"""For adding up in a cluster: once, for each part, and for what a block sends."""
 MEETING_CYCLES, MEETING_CYCLES_A_PART, MEETING_BYTES_A_CYCLE = 1122.0, 34.0, 8.9
-"""The same in memory."""
+"""For adding up parts: once, for each part, and for what a block tells."""
 TILE_CYCLES, LATER_WAVE = 3500.0, 0.958
 """What a tile after the first takes besides its key blocks, where a block of threads goes on to it; and where another
 starts, of the time of the first: it starts while the one before it ends."""
@@ -215,13 +185,11 @@ MOST_TILES = 64
 """Looked at for how many key blocks they see."""
 
 
-def predicted_us(problem: Problem, config: Config, clusters: Mapping[int, int]) -> float:
-    """What a model expects of a configuration; infinite where not all that meet in memory can run at once."""
+def predicted_us(problem: Problem, config: Config, sms: int) -> float:
+    """What a model expects of a configuration; infinite where not all parts of all tiles can run at once."""
     d, dv = rounded(problem.head_dim), config.columns(problem.head_dim_v)
-    launched, at_once = units(problem, config), max(clusters.get(config.cluster, 0), 0)
-    if config.meets_in_memory:
-        at_once //= config.parts
-    if not at_once or (config.meets_in_memory and launched > at_once):
+    launched, at_once = units(problem, config), sms // config.parts
+    if config.parts > 1 and launched > at_once:
         return float("inf")
     tile_blocks = _key_blocks(problem, config)
     waves, mean_blocks = max(1.0, launched / at_once), statistics.fmean(tile_blocks)
@@ -245,12 +213,8 @@ def predicted_us(problem: Problem, config: Config, clusters: Mapping[int, int]) 
     if config.shared_rows > 1:
         cycles += MERGE_CYCLES
     if config.parts > 1:
-        once, a_part, send_rate = (
-            (MEETING_CYCLES, MEETING_CYCLES_A_PART, MEETING_BYTES_A_CYCLE)
-            if config.meets_in_memory
-            else (CLUSTER_CYCLES, CLUSTER_CYCLES_A_PART, CLUSTER_BYTES_A_CYCLE)
-        )
-        cycles += once + a_part * config.parts + config.part_bytes(problem.head_dim_v) / send_rate
+        told = config.part_bytes(problem.head_dim_v) / MEETING_BYTES_A_CYCLE
+        cycles += MEETING_CYCLES + MEETING_CYCLES_A_PART * config.parts + told
     later = mean_blocks * max(compute, load) + TILE_CYCLES if config.persistent else LATER_WAVE * cycles
     return LAUNCH_US + (cycles + (waves - 1) * later) / CYCLES_A_US
 

@@ -1,12 +1,15 @@
-"""Owns the calls of NVIDIA's driver that launching a kernel takes: modules, tensor maps, launches in clusters.
+"""Owns the calls of NVIDIA's driver that launching a kernel takes: modules, memory, tensor maps,
+launches.
 
 Through ctypes, as the driver is there wherever torch sees a GPU, and a package of bindings may not be. Knows no kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,17 +18,15 @@ from attnbench.errors import AttnbenchError
 
 # Names and values from cuda.h.
 _MAX_DYNAMIC_SHARED_BYTES = 8
-_NON_PORTABLE_CLUSTER = 14
-_COOPERATIVE, _CLUSTER_DIMENSION = 2, 4
+_COOPERATIVE = 2
 _FLOAT16, _BFLOAT16 = 6, 9
 _SWIZZLE_128B = 3
 _NO_CONTEXT = 201
-_CAPTURING = 1
+_CAPTURING, _CAPTURE_RELAXED = 1, 2
+_NON_BLOCKING = 1
 _L2_PROMOTION_256B = 3
 SM_COUNT, SHARED_BYTES_OF_SM, SHARED_BYTES_OF_BLOCK = 16, 81, 97
 """What `attribute` tells of a device; of a block, as much as it may ask for."""
-PORTABLE_CLUSTER = 8
-"""Blocks that a cluster may have on every device that has clusters."""
 
 
 class DriverError(AttnbenchError):
@@ -71,7 +72,13 @@ def _driver() -> Any:
 
 def _call(name: str, *arguments: Any) -> None:
     if status := getattr(_driver(), name)(*arguments):
-        raise DriverError(f"{name}: {_words(status)}")
+        raise _error(name, status)
+
+
+def _error(name: str, status: int) -> DriverError:
+    if status == _NO_CONTEXT:
+        return NoContext(f"{name}: this thread has no device")
+    return DriverError(f"{name}: {_words(status)}")
 
 
 def _words(status: int) -> str:
@@ -98,17 +105,55 @@ class Kernel:
         _call("cuModuleGetFunction", ctypes.byref(handle), module, function.encode())
         self.handle = handle
 
-    def allow(self, *, shared_bytes: int, cluster: int) -> None:
-        """Let blocks have that much shared memory, and clusters that many blocks. Raises DriverError."""
+    def allow(self, shared_bytes: int) -> None:
+        """Let blocks have that much shared memory. Raises DriverError."""
         _call("cuFuncSetAttribute", self.handle, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
-        if cluster > PORTABLE_CLUSTER:
-            _call("cuFuncSetAttribute", self.handle, _NON_PORTABLE_CLUSTER, 1)
 
-    def active_clusters(self, launch: Launch) -> int:
-        """How many clusters of such a launch the device runs at once."""
-        count = ctypes.c_int()
-        _call("cuOccupancyMaxActiveClusters", ctypes.byref(count), self.handle, ctypes.byref(launch.config))
-        return count.value
+
+class Memory:
+    """Memory of the current context's device, zero at first, given back when nobody refers to it.
+
+    Not torch's: what torch gives out while a stream is captured may be what an earlier call of the graph writes to, and
+    zeros that are written then are written again at each replay.
+    """
+
+    def __init__(self, size: int) -> None:
+        """`size` in bytes. Raises DriverError."""
+        context, address, stream = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        with _while_captured():
+            _call("cuCtxGetCurrent", ctypes.byref(context))
+            _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+            weakref.finalize(self, _free, context, address).atexit = False  # the driver does it, and may be gone
+            # One that is not captured, and waits for none that is.
+            _call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+            try:
+                _call("cuMemsetD8Async", address, ctypes.c_ubyte(0), ctypes.c_size_t(size), stream)
+                _call("cuStreamSynchronize", stream)
+            finally:
+                _call("cuStreamDestroy_v2", stream)
+        assert address.value is not None
+        self.address = address.value
+
+
+@contextlib.contextmanager
+def _while_captured() -> Iterator[None]:
+    """Lets this thread make calls that the driver refuses while a stream is captured, unless it is told that they have
+    nothing to do with that stream."""
+    mode = ctypes.c_int(_CAPTURE_RELAXED)
+    _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+
+
+def _free(context: ctypes.c_void_p, address: ctypes.c_void_p) -> None:
+    with contextlib.suppress(DriverError), _while_captured():  # of a context that is gone
+        _call("cuCtxPushCurrent_v2", context)
+        try:
+            _call("cuMemFree_v2", address)  # waits for what uses it
+        finally:
+            _call("cuCtxPopCurrent_v2", ctypes.byref(context))
 
 
 class Launch:
@@ -118,11 +163,10 @@ class Launch:
         self,
         kernel: Kernel,
         *,
-        blocks: int,
+        grid: tuple[int, int, int],
         threads: int,
         shared_bytes: int,
         arguments: Callable[[], Sequence[Any]],
-        cluster: int = 1,
         cooperative: bool = False,
     ) -> None:
         """`arguments` gives ctypes values, as the kernel's parameters are laid out; it is called once for every stream
@@ -130,14 +174,10 @@ class Launch:
         wait for each other, since either all of them run or none.
         """
         self._handle, self._arguments = kernel.handle, arguments
-        attributes = []
-        if cluster > 1:  # a device that has no clusters knows no attribute of theirs
-            attributes.append(_Attribute(id=_CLUSTER_DIMENSION, value=(cluster, 1, 1)))
-        if cooperative:
-            attributes.append(_Attribute(id=_COOPERATIVE, value=(1,)))
+        attributes = [_Attribute(id=_COOPERATIVE, value=(1,))] if cooperative else []
         self._attributes = (_Attribute * len(attributes))(*attributes)
         self.config = _LaunchConfig(
-            grid=(blocks, 1, 1),
+            grid=grid,
             block=(threads, 1, 1),
             shared_bytes=shared_bytes,
             attributes=self._attributes,
@@ -163,9 +203,7 @@ class Launch:
             ready = (ctypes.byref(config), self._handle, pointers, None), kept
             self._ready[key] = ready
         if status := self._launch(*ready[0]):
-            if status == _NO_CONTEXT:
-                raise NoContext("cuLaunchKernelEx: this thread has no device")
-            raise DriverError(f"cuLaunchKernelEx: {_words(status)}")
+            raise _error("cuLaunchKernelEx", status)
 
 
 def capture_of(stream: int) -> int:

@@ -3,49 +3,35 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
 from attnbench.problem import Problem
-from attnbench_plugins.jit_flash.cuda_config import MAX_PARTS, Config, units
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from attnbench_plugins.jit_flash.cuda_config import Config, units
+from attnbench_plugins.jit_flash.cuda_driver import Memory
 
 
 class Workspaces:
     """What launches that are in flight at once must not share: counters, and where the parts of a tile meet."""
 
-    STOCK = 32
-    """Sets of counters that are zero from the start: clearing one in a capture would clear it at each replay."""
-
-    def __init__(self, problem: Problem, config: Config, device: torch.device) -> None:
-        import torch
-
-        tiles = units(problem, config)
-        self._meeting = config.meets_in_memory
-        counters = tiles * MAX_PARTS if self._meeting else 2 * config.persistent  # 32 bits each, the latter of 64
-        parts = tiles * config.parts * config.part_bytes(problem.head_dim_v) if self._meeting else 0
-        self._stock = list(torch.zeros((self.STOCK, counters), dtype=torch.int32, device=device)) if counters else []
-        self._parts = torch.empty(parts, dtype=torch.uint8, device=device)
-        self._taken: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, problem: Problem, config: Config) -> None:
+        """Takes the first one on the current context's device. Raises DriverError."""
+        self._meeting = config.parts > 1
+        blocks = units(problem, config) * config.parts
+        self._parts = 16 * -(-4 * blocks // 16)  # where they begin: behind a counter of 32 bits for each block
+        self._bytes = self._parts + blocks * config.part_bytes(problem.head_dim_v) if self._meeting else 8
+        self._spare = [Memory(self._bytes)] if config.has_workspace else []
+        self._taken: list[Memory] = []
         self._lock = threading.Lock()  # two threads may launch on new streams at once
-        if counters and device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # whichever stream comes first, its counters are zero
 
     def another(self) -> tuple[int | None, int | None, int | None]:
-        """Addresses of taken, arrived and parts that nobody else has; None for what the kernel does not use."""
-        import torch
+        """Addresses of taken, launches and parts that nobody else has; None for what the kernel does not use.
 
+        Raises DriverError.
+        """
         with self._lock:
-            if not (self._stock or self._taken):
+            if not (self._spare or self._taken):
                 return None, None, None
-            counters = self._stock.pop() if self._stock else torch.zeros_like(self._taken[0][0])
-            parts = torch.empty_like(self._parts) if self._taken else self._parts
-            self._taken.append((counters, parts))
-        if counters.is_cuda and not torch.cuda.is_current_stream_capturing():
-            for tensor in (counters, parts):  # may be given back while the stream still uses them
-                tensor.record_stream(torch.cuda.current_stream(counters.device))
+            memory = self._spare.pop() if self._spare else Memory(self._bytes)
+            self._taken.append(memory)
         if self._meeting:
-            return None, counters.data_ptr(), parts.data_ptr()
-        return counters.data_ptr(), None, None
+            return None, memory.address, memory.address + self._parts
+        return memory.address, None, None
