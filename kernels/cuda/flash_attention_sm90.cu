@@ -202,6 +202,13 @@ __device__ __forceinline__ void store_shared(u32 address, u32 value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+// One lane of a warp; the compiler knows that it is one, and issues a copy without asking which lanes want it.
+__device__ __forceinline__ bool elect() {
+    u32 is;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(is));
+    return is;
+}
+
 __device__ __forceinline__ u32 load_shared(u32 address) {
     u32 value;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
@@ -1064,32 +1071,24 @@ __device__ __forceinline__ void store_part(const Part& part, const Tile& tile, i
 
 // What a lane adds up: its four floats of a piece, in one row.
 struct Sum {
-    float shift = MINUS_INFINITY, sum = 0, total[4] = {0, 0, 0, 0};
+    float shift = MINUS_INFINITY, sum = 0;
+    float4 total = make_float4(0, 0, 0, 0);
 
-    __device__ __forceinline__ void add(float other_shift, float other_sum, const float (&other)[4]) {
-        const float after = fmaxf(shift, other_shift), finite = Softmax::finite(after);
-        const float factor = exp2_approx(shift - finite), other_factor = exp2_approx(other_shift - finite);
-        shift = after, sum = sum * factor + other_sum * other_factor;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) total[i] = total[i] * factor + other[i] * other_factor;
-    }
-
+    // What others have: their floats, and m and l of the row.
     template <int N>
-    __device__ __forceinline__ void add(const uint4 (&words)[N], const uint4 (&state)[N]) {
+    __device__ __forceinline__ void add(const float4 (&others)[N], const float2 (&state)[N]) {
         float after = shift;
 #pragma unroll
-        for (int i = 0; i < N; ++i) after = fmaxf(after, __uint_as_float(state[i].x));
+        for (int i = 0; i < N; ++i) after = fmaxf(after, state[i].x);
         const float finite = Softmax::finite(after), factor = exp2_approx(shift - finite);
         shift = after, sum *= factor;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) total[i] *= factor;
+        total.x *= factor, total.y *= factor, total.z *= factor, total.w *= factor;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            const float weight = exp2_approx(__uint_as_float(state[i].x) - finite);
-            sum += __uint_as_float(state[i].y) * weight;
-            const u32 x[4] = {words[i].x, words[i].y, words[i].z, words[i].w & 0xFFFFFF00u};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) total[j] += __uint_as_float(x[j]) * weight;
+            const float weight = exp2_approx(state[i].x - finite);
+            const float4 x = others[i];
+            sum += state[i].y * weight;
+            total.x += x.x * weight, total.y += x.y * weight, total.z += x.z * weight, total.w += x.w * weight;
         }
     }
 
@@ -1099,22 +1098,21 @@ struct Sum {
         if (!place.valid) return;
         const float inverse = Softmax::inverse(sum, place.blind);
         u32* const out = static_cast<u32*>(p.out);
+        const u32 both[2] = {pack(total.x * inverse, total.y * inverse), pack(total.z * inverse, total.w * inverse)};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int column = first + 8 * i;
-            if (column < p.head_dim_v) {
-                const u32 both = pack(total[2 * i] * inverse, total[2 * i + 1] * inverse);
-                out[(place.index * p.head_dim_v + column) / 2] = both;
-            }
+            if (column < p.head_dim_v) out[(place.index * p.head_dim_v + column) / 2] = both[i];
         }
         if (p.lse && first == 0) p.lse[place.index] = Softmax::log_sum(shift, sum);
     }
 };
 
-// Adds up pieces `first` to below `end` of a tile's parts, of which `part` is the first, and writes them.
+// Adds up pieces `first` to below `end` of a tile's parts, and writes them. Where several warps share a piece, each helper
+// takes some of the parts.
 __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, const Shared& shared, int first, int end,
-                                          int thread, const Part& part) {
-    // As much is asked for at once as there are registers for: what comes from memory takes its time.
+                                          int thread, const Part& first_part) {
+    // As much is asked for at once as there are registers for. To ask for states alone until they are there was slower.
     constexpr int SHARE = (PARTS + PIECE_WARPS - 1) / PIECE_WARPS, ROUNDS = (SHARE + 15) / 16;
     constexpr int BATCH = (SHARE + ROUNDS - 1) / ROUNDS, SLOTS = CONSUMER_WARPS / PIECE_WARPS;
     constexpr int TURNS = (SLICE_PIECES + SLOTS - 1) / SLOTS, TOGETHER = TURNS < 16 / BATCH ? TURNS : 16 / BATCH;
@@ -1125,53 +1123,72 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, con
         Sum sums[TOGETHER];
 #pragma unroll
         for (int round = 0; round < ROUNDS; ++round) {
-            uint4 words[TOGETHER][BATCH], state[TOGETHER][BATCH];
+            uint4 words[TOGETHER][BATCH], states[TOGETHER][BATCH];
             const int begin = from + round * BATCH;
-            for (u32 missing = ALL; missing;) {
-                u32 there = ~missing;
+            const auto ask = [&](u32 which) {
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
-                    if (!(missing >> i & 1)) continue;
+                    if (!(which >> i & 1)) continue;
 #pragma unroll
                     for (int j = 0; j < TOGETHER; ++j) {
-                        if (begin + i >= to) {  // nothing, if there is room
-                            words[j][i] = make_uint4(0, 0, 0, part.launch & 0xFF);
-                            state[j][i] = make_uint4(__float_as_uint(MINUS_INFINITY), 0, part.launch, 0);
-                            continue;
-                        }
-                        const Part other{part.base + (begin + i) * PART_BYTES, part.launch};
+                        const Part part{first_part.base + min(begin + i, PARTS - 1) * PART_BYTES, first_part.launch};
                         const int at = min(piece + j, end - 1);
-                        words[j][i] = load_relaxed(other.piece(at, lane));
-                        state[j][i] = load_relaxed(other.state(at / HALF_PIECES * 8 + lane / 4));
+                        words[j][i] = load_relaxed(part.piece(at, lane));
+                        states[j][i] = load_relaxed(part.state(at / HALF_PIECES * 8 + lane / 4));
                     }
                 }
+            };
+            const auto there = [&] {  // a bit for each part whose words are all of this launch
+                u32 found = 0;
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
-                    bool is = true;
+                    u32 differs = 0;
 #pragma unroll
                     for (int j = 0; j < TOGETHER; ++j) {
-                        is &= ((words[j][i].w ^ part.launch) & 0xFF) == 0 && state[j][i].z == part.launch;
+                        differs |= ((words[j][i].w ^ first_part.launch) & 0xFF) | (states[j][i].z ^ first_part.launch);
                     }
-                    there |= u32(is) << i;
+                    found |= u32(differs == 0) << i;
                 }
-                missing &= ~and_of_warp(there);
+                return and_of_warp(found);
+            };
+            for (u32 missing = ALL; missing;) {
+                ask(missing);
+                missing = ~there() & ALL;
             }
+            float4 others[BATCH];
+            float2 state[BATCH];
 #pragma unroll
-            for (int j = 0; j < TOGETHER; ++j) sums[j].add(words[j], state[j]);
+            for (int j = 0; j < TOGETHER; ++j) {
+#pragma unroll
+                for (int i = 0; i < BATCH; ++i) {
+                    const uint4 x = words[j][i], y = states[j][i];
+                    others[i] = make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z),
+                                            __uint_as_float(x.w & 0xFFFFFF00u));
+                    state[i] = make_float2(__uint_as_float(y.x), __uint_as_float(y.y));
+                    if (begin + i >= to) state[i] = make_float2(MINUS_INFINITY, 0);  // another helper's
+                }
+                sums[j].add(others, state);
+            }
         }
         if (PIECE_WARPS > 1) {  // one piece for each warp: there is no other round
             const u32 mine = shared.ring + thread * 32;
             if (helper > 0) {
-                store_shared(mine, make_float4(sums[0].total[0], sums[0].total[1], sums[0].total[2], sums[0].total[3]));
+                store_shared(mine, sums[0].total);
                 store_shared(mine + 16, make_float4(sums[0].shift, sums[0].sum, 0, 0));
             }
             sync_threads(2 + slot, PIECE_WARPS * 32);
             if (helper > 0) return;
+            constexpr int HELPERS = PIECE_WARPS > 1 ? PIECE_WARPS - 1 : 1;
+            float4 others[HELPERS];
+            float2 state[HELPERS];
 #pragma unroll
-            for (int other = 1; other < PIECE_WARPS; ++other) {
-                const float4 total = load_shared_four(mine + other * 1024), state = load_shared_four(mine + other * 1024 + 16);
-                sums[0].add(state.x, state.y, {total.x, total.y, total.z, total.w});
+            for (int i = 0; i < HELPERS; ++i) {
+                const u32 theirs = mine + (i + 1) * 32 * 32;
+                others[i] = load_shared_four(theirs);
+                const float4 x = load_shared_four(theirs + 16);
+                state[i] = make_float2(x.x, x.y);
             }
+            sums[0].add(others, state);
         }
 #pragma unroll
         for (int j = 0; j < TOGETHER; ++j) {
@@ -1204,16 +1221,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Tile tile = PARTS > 1 ? tile_of_block(p) : tile_of(p, blockIdx.x);
     const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
 
-    // Three warps, so that the first products have to wait for as little as can be.
+    // Three warps at once, as the first products wait for it.
     const Producer producer{p, shared, q_map, k_map, v_map};
-    if (threadIdx.x == 0) {
-        barrier_init(shared.q_full(0), 1);
-        fence_barriers();
-        if (tile.blocks) load_queries(tile, shared, q_map, 0);
-    } else if (threadIdx.x == 32) {
-        barrier_init(shared.k_full, 1);
-        fence_barriers();
-        if (tile.blocks) producer.ask_keys(tile, 0, 0);
+    if (threadIdx.x < 32) {
+        if (elect()) {
+            barrier_init(shared.q_full(0), 1);
+            fence_barriers();
+            if (tile.blocks) load_queries(tile, shared, q_map, 0);
+        }
+        __syncwarp();
+    } else if (threadIdx.x < 64) {
+        if (elect()) {
+            barrier_init(shared.k_full, 1);
+            fence_barriers();
+            if (tile.blocks) producer.ask_keys(tile, 0, 0);
+        }
+        __syncwarp();
     } else if (threadIdx.x == 64) {
         prefetch(v_map);
 #pragma unroll
