@@ -244,7 +244,7 @@ def bits():
     found = []
     of_any_strides = [cuda_sm80.Config(128, 64, 4), cuda_sm80.Config(16, 64, 1, 4, 2)]
     of_tma = [
-        *(Config(64, 64, 4, 16, 2), Config(128, 128, 2, 7), Config(128, 128, 2), Config(128, 64, 3, persistent=True)),
+        *(Config(64, 64, 4, 8, 2), Config(128, 128, 2, 7), Config(128, 128, 2), Config(128, 64, 3, persistent=True)),
         *(Config(128, 128, 2, 32), Config(64, 64, 4, 8, 2, 2)),
         *(Config(64, 64, 4, 3, 1, 2), Config(128, 128, 2, persistent=True)),
     ]

@@ -780,21 +780,26 @@ __device__ __forceinline__ void pack_all(const float (&s)[KEYS / 2], u32 (&weigh
     for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1]);
 }
 
-// Two consumers of the same rows: each hands over half of its columns, and adds the other's to the half that it keeps, the
-// first or the second.
-template <int KEPT>
-__device__ __forceinline__ void exchange(const Shared& shared, int thread, float (&o)[DV / 2], Softmax& softmax) {
+// Of two consumers of the same rows, each hands over half of its columns, the first or the second, with m and l.
+template <int HALF>
+__device__ __forceinline__ void give_half(const Shared& shared, int thread, const float (&o)[DV / 2],
+                                          const Softmax& softmax) {
     constexpr int STEP = WARPGROUP * 16, STATE = DV / 16;
-    const u32 given = shared.halves + (1 - KEPT) * HALF_BYTES + thread * 16;
-    const u32 taken = shared.halves + KEPT * HALF_BYTES + thread * 16;
+    const u32 given = shared.halves + HALF * HALF_BYTES + thread * 16;
 #pragma unroll
     for (int i = 0; i < STATE; ++i) {
-        const float* const x = o + (1 - KEPT) * DV / 4 + 4 * i;
+        const float* const x = o + HALF * DV / 4 + 4 * i;
         store_shared(given + i * STEP, make_float4(x[0], x[1], x[2], x[3]));
     }
     store_shared(given + STATE * STEP,
                  make_float4(softmax.shift[0], softmax.shift[1], softmax.sum[0], softmax.sum[1]));
-    sync_threads(1, CONSUMER_THREADS);
+}
+
+// And adds the other's to the half that it keeps.
+template <int HALF>
+__device__ __forceinline__ void take_half(const Shared& shared, int thread, float (&o)[DV / 2], Softmax& softmax) {
+    constexpr int STEP = WARPGROUP * 16, STATE = DV / 16;
+    const u32 taken = shared.halves + HALF * HALF_BYTES + thread * 16;
     const float4 state = load_shared_four(taken + STATE * STEP);
     const float other[2] = {state.x, state.y}, other_sum[2] = {state.z, state.w};
     float factor[2], other_factor[2];
@@ -812,7 +817,7 @@ __device__ __forceinline__ void exchange(const Shared& shared, int thread, float
         const float theirs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            float& mine = o[KEPT * DV / 4 + 4 * i + j];
+            float& mine = o[HALF * DV / 4 + 4 * i + j];
             mine = mine * factor[j / 2] + theirs[j] * other_factor[j / 2];
         }
     }
@@ -1275,12 +1280,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const Part own{first.base + number % PARTS * PART_BYTES, launch};
         if constexpr (SHARED_ROWS == 1) {
             deliver<0, HALF_PIECES>(p, tile, own, consumer, thread, o, softmax);
-        } else if (consumer == 0) {
-            exchange<0>(shared, thread, o, softmax);
-            deliver<0, HALF_PIECES / 2>(p, tile, own, consumer, thread, o, softmax);
         } else {
-            exchange<1>(shared, thread, o, softmax);
-            deliver<HALF_PIECES / 2, HALF_PIECES>(p, tile, own, consumer, thread, o, softmax);
+            if (consumer == 0) {
+                give_half<1>(shared, thread, o, softmax);
+            } else {
+                give_half<0>(shared, thread, o, softmax);
+            }
+            sync_threads(1, CONSUMER_THREADS);
+            if (consumer == 0) {
+                take_half<0>(shared, thread, o, softmax);
+                deliver<0, HALF_PIECES / 2>(p, tile, own, consumer, thread, o, softmax);
+            } else {
+                take_half<1>(shared, thread, o, softmax);
+                deliver<HALF_PIECES / 2, HALF_PIECES>(p, tile, own, consumer, thread, o, softmax);
+            }
         }
         if (PARTS > 1) {
             // The ring, where warps meet, has been read by all.

@@ -273,6 +273,8 @@ def _launch(
     if shared_bytes is None:
         raise ValueError(f"{config} takes more shared memory than there is")
     launched = units(problem, config)
+    if config.parts > 1 and launched * config.parts > current_sms():  # they would wait for those that cannot start
+        raise ValueError(f"{config}: {launched} tiles of {config.parts} parts are more than the {current_sms()} SMs")
     if config.parts > 1:  # the kernel finds its tile by the grid
         grid = (launched * config.parts // (problem.batch * groups), groups, problem.batch)
     else:

@@ -161,26 +161,25 @@ def choose(problem: Problem, sms: int) -> Config:
 LAUNCH_US = 1.2
 """An empty kernel in a graph."""
 CYCLES_A_US = 1750.0
-START_CYCLES = 1660.0
+START_CYCLES = 1410.0
 """Until the first key block can be asked for, and after the last for writing."""
-LOAD_BYTES_A_CYCLE = 115.0
+LOAD_BYTES_A_CYCLE = 97.0
 """Of one SM."""
-L2_BYTES_A_CYCLE = 4910.0
+L2_BYTES_A_CYCLE = 6200.0
 """Of all SMs."""
-L2_BYTES, MEMORY_LOAD_BYTES_A_CYCLE, MEMORY_BYTES_A_CYCLE = 40e6, 20.0, 1750.0
+L2_BYTES, MEMORY_LOAD_BYTES_A_CYCLE, MEMORY_BYTES_A_CYCLE = 40e6, 40.0, 1860.0
 """Beyond the first, keys and values come from memory, for one SM at the second, for all at the third."""
-MULTIPLY_ADDS_A_CYCLE, GUESSED_MULTIPLY_ADDS_A_CYCLE = 1435.0, 1785.0
+MULTIPLY_ADDS_A_CYCLE, GUESSED_MULTIPLY_ADDS_A_CYCLE = 1310.0, 1490.0
 """Of an SM's tensor cores, which do 2048 at best; the second where blocks go on from tile to tile without a window, and
 do not look for every key block's greatest score."""
-SOFTMAX_CYCLES_A_KEY = 2.05
+SOFTMAX_CYCLES_A_KEY = 0.56
 """Of 64 rows."""
-BLOCK_CYCLES, MERGE_CYCLES = 653.0, 720.0
+BLOCK_CYCLES, MERGE_CYCLES = 636.0, 108.0
 """What a key block takes besides, and two consumers of the same rows at the end."""
-MEETING_CYCLES, MEETING_CYCLES_A_PART, MEETING_BYTES_A_CYCLE = 1122.0, 34.0, 8.9
-"""For adding up parts: once, for each part, and for what a block tells."""
-TILE_CYCLES, LATER_WAVE = 3500.0, 0.958
-"""What a tile after the first takes besides its key blocks, where a block of threads goes on to it; and where another
-starts, of the time of the first: it starts while the one before it ends."""
+CYCLES_A_PART, PART_BYTES_A_CYCLE = 42.3, 12.7
+"""For adding up parts: for each, and for what a block writes and reads of them."""
+TILE_CYCLES = 2520.0
+"""What a tile after the first takes besides its key blocks, where a block of threads goes on to it."""
 MOST_TILES = 64
 """Looked at for how many key blocks they see."""
 
@@ -213,9 +212,8 @@ def predicted_us(problem: Problem, config: Config, sms: int) -> float:
     if config.shared_rows > 1:
         cycles += MERGE_CYCLES
     if config.parts > 1:
-        told = config.part_bytes(problem.head_dim_v) / MEETING_BYTES_A_CYCLE
-        cycles += MEETING_CYCLES + MEETING_CYCLES_A_PART * config.parts + told
-    later = mean_blocks * max(compute, load) + TILE_CYCLES if config.persistent else LATER_WAVE * cycles
+        cycles += CYCLES_A_PART * config.parts + config.part_bytes(problem.head_dim_v) / PART_BYTES_A_CYCLE
+    later = mean_blocks * max(compute, load) + TILE_CYCLES if config.persistent else cycles
     return LAUNCH_US + (cycles + (waves - 1) * later) / CYCLES_A_US
 
 
