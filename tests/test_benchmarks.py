@@ -234,10 +234,10 @@ def test_a_model_that_misses_what_was_measured_is_told_of(tmp_path: Path, monkey
     import cuda_configs
 
     times = {case: {config: us * 1.2 for config, us in found.items()} for case, found in _measured().items()}
-    choices, both = cuda_configs.tables(times, cuda_configs.H100)
+    choices, both = cuda_configs.tables(times, cuda_configs.H100_SMS)
     assert [row[-1] for row in both.rows] == ["MISSED", "ok"]
     slow = {case: {config: us * config.keys for config, us in found.items()} for case, found in _measured().items()}
-    choices, _ = cuda_configs.tables(slow, cuda_configs.H100)
+    choices, _ = cuda_configs.tables(slow, cuda_configs.H100_SMS)
     assert choices.missed > 0
     cuda_configs.write(tmp_path / "times.csv", ((case, *pair) for case in times for pair in times[case].items()))
     assert cuda_configs.read(tmp_path / "times.csv") == {

@@ -161,24 +161,26 @@ def choose(problem: Problem, sms: int) -> Config:
 LAUNCH_US = 1.2
 """An empty kernel in a graph."""
 CYCLES_A_US = 1750.0
-START_CYCLES = 1410.0
+START_CYCLES = 716.0
 """Until the first key block can be asked for, and after the last for writing."""
-LOAD_BYTES_A_CYCLE = 97.0
+LOAD_BYTES_A_CYCLE = 81.5
 """Of one SM."""
-L2_BYTES_A_CYCLE = 6200.0
+BLOCK_LOAD_CYCLES = 111.0
+"""What a key block's loads take besides."""
+L2_BYTES_A_CYCLE = 5290.0
 """Of all SMs."""
-L2_BYTES, MEMORY_LOAD_BYTES_A_CYCLE, MEMORY_BYTES_A_CYCLE = 40e6, 40.0, 1860.0
+L2_BYTES, MEMORY_LOAD_BYTES_A_CYCLE, MEMORY_BYTES_A_CYCLE = 40e6, 27.0, 1830.0
 """Beyond the first, keys and values come from memory, for one SM at the second, for all at the third."""
-MULTIPLY_ADDS_A_CYCLE, GUESSED_MULTIPLY_ADDS_A_CYCLE = 1310.0, 1490.0
+MULTIPLY_ADDS_A_CYCLE, GUESSED_MULTIPLY_ADDS_A_CYCLE = 1494.0, 1340.0
 """Of an SM's tensor cores, which do 2048 at best; the second where blocks go on from tile to tile without a window, and
 do not look for every key block's greatest score."""
-SOFTMAX_CYCLES_A_KEY = 0.56
+SOFTMAX_CYCLES_A_KEY = 1.59
 """Of 64 rows."""
-BLOCK_CYCLES, MERGE_CYCLES = 636.0, 108.0
+BLOCK_CYCLES, MERGE_CYCLES = 722.0, 115.0
 """What a key block takes besides, and two consumers of the same rows at the end."""
-CYCLES_A_PART, PART_BYTES_A_CYCLE = 42.3, 12.7
+CYCLES_A_PART, PART_BYTES_A_CYCLE = 37.1, 10.6
 """For adding up parts: for each, and for what a block writes and reads of them."""
-TILE_CYCLES = 2520.0
+TILE_CYCLES = 662.0
 """What a tile after the first takes besides its key blocks, where a block of threads goes on to it."""
 MOST_TILES = 64
 """Looked at for how many key blocks they see."""
@@ -207,7 +209,7 @@ def predicted_us(problem: Problem, config: Config, sms: int) -> float:
     if _read_bytes(problem) > L2_BYTES:  # once, and then by the other tiles of a key head from L2
         readers = launched / (problem.batch * problem.heads_kv)
         rate = min(rate, readers * min(MEMORY_LOAD_BYTES_A_CYCLE, MEMORY_BYTES_A_CYCLE / running))
-    load = config.keys * config.shared_rows * (d + dv) * 2 / rate
+    load = BLOCK_LOAD_CYCLES + config.keys * config.shared_rows * (d + dv) * 2 / rate
     cycles = START_CYCLES + compute + load + (blocks - 1) * max(compute, load)
     if config.shared_rows > 1:
         cycles += MERGE_CYCLES
