@@ -140,13 +140,18 @@ def test_a_tile_holds_whole_queries_of_heads_that_share_a_key_head(rows: int, gr
 def test_without_tma_too_a_configuration_is_chosen_that_a_block_has_room_for(case: Problem, gpu: Gpu) -> None:
     found = list(cuda_sm80.configs(case, gpu))
     assert [config.rows for config in found] == [128, 64, 32, 16]
-    assert cuda_sm80.choose(case, gpu) in found
+    chosen = cuda_sm80.choose(case, gpu)
+    assert dataclasses.replace(chosen, parts=1) in found
+    assert chosen.parts == 1 or cuda_sm80.units(case, chosen) * chosen.parts <= 2 * gpu.sms
+    assert chosen.parts == 1 or chosen.parts * chosen.keys * 2 <= case.seqlen_k + chosen.keys
+    assert chosen.parts <= cuda_sm80.MAX_PARTS
     for config in found:
         assert config.shared_bytes(case.head_dim, case.head_dim_v) <= gpu.block_bytes
         assert config.rows % (16 * config.row_warps) == 0
         assert config.keys % (16 * config.key_warps) == 0
         # O and S of a warp with 32 rows have 255 registers a thread.
         assert config.rows // config.row_warps == 16 or case.head_dim_v <= 128
+        assert config.parts == 1
 
 
 @pytest.mark.parametrize(
@@ -154,15 +159,48 @@ def test_without_tma_too_a_configuration_is_chosen_that_a_block_has_room_for(cas
     [
         (problem(4096, 4096, heads_q=16), "A100", 128),
         (problem(1024, 1024, heads_q=13), "A100", 64),  # 104 tiles of 128 rows for 108 SMs
-        (problem(128, 8192), "A100", 16),
-        (problem(2048, 8192), "A100", 16),
+        (problem(128, 64), "A100", 16),  # of which keys cannot be split
+        (problem(2048, 64), "A100", 16),
+        (problem(2048, 8192, causal=True, window=100), "A100", 16),
         (problem(1, 4096, batch=64, heads_q=32, heads_kv=8), "A100", 16),  # no tile has more than 4 rows
-        (problem(1, 4096, batch=64, heads_q=64, heads_kv=1), "L40S", 16),
         (problem(1, 4096, batch=128, heads_q=64, heads_kv=1), "A100", 64),  # all heads of a batch element
     ],
 )
 def test_tiles_are_large_where_every_sm_has_one(case: Problem, gpu: str, rows: int) -> None:
-    assert cuda_sm80.choose(case, GPUS[gpu]).rows == rows
+    config = cuda_sm80.choose(case, GPUS[gpu])
+    assert (config.rows, config.parts) == (rows, 1)
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+@pytest.mark.parametrize(
+    ("case", "rows"),
+    [
+        (problem(128, 8192), 16),
+        (problem(2048, 8192), 64),  # which read keys from L2 a quarter as often as 16
+        (problem(2048, 8192, causal=True), 64),
+        (problem(1, 131072, heads_q=32, heads_kv=8), 16),
+        (problem(1, 4096, batch=32, heads_q=128, heads_kv=1), 64),
+    ],
+)
+def test_without_tma_too_keys_are_split_where_sms_have_no_tile(case: Problem, rows: int, gpu: Gpu) -> None:
+    config = cuda_sm80.choose(case, gpu)
+    assert config.rows == rows
+    assert config.parts > 1
+    assert 0.75 * gpu.sms <= cuda_sm80.units(case, config) * config.parts <= 2 * gpu.sms
+    whole = dataclasses.replace(config, parts=1)
+    assert cuda_sm80.predicted_cycles(case, config, gpu) < cuda_sm80.predicted_cycles(case, whole, gpu)
+
+
+def test_what_a_split_is_expected_to_cost() -> None:
+    """Of 128 key blocks in tiles of 16 rows: as many waits for 1024 cycles, or 8 of them and 16 parts to add up."""
+    case, gpu = problem(128, 8192), GPUS["H100"]
+    whole = cuda_sm80.Config(16, 64, 1, 4, stages=2)
+    assert cuda_sm80.predicted_cycles(case, whole, gpu) == 128 * 1024
+    split = dataclasses.replace(whole, parts=16)
+    assert cuda_sm80.predicted_cycles(case, split, gpu) == 8 * 1024 + 3500 + 16 * 16 * (128 * 4 + 8) / 64
+    one_query = dataclasses.replace(case, seqlen_q=1)
+    added = 16 * (128 * 4 + 8) / 64  # of one row
+    assert cuda_sm80.predicted_cycles(one_query, split, gpu) == 8 * 1024 + 3500 + added
 
 
 def test_two_blocks_run_on_an_sm_where_they_can() -> None:
@@ -434,10 +472,17 @@ def test_what_blocks_meet_in_lives_as_long_as_the_output(driver: FakeDriver) -> 
 
 
 def test_threads_that_launch_on_new_streams_at_once_get_workspaces_of_their_own(driver: FakeDriver) -> None:
-    workspaces = Workspaces(problem(64, 4096), Config(64, 64, 4, parts=2))
+    workspaces = Workspaces(counter_bytes=20, part_bytes=256)
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda _: workspaces.another(), range(200)))
-    assert len({launches for _, launches, _ in found}) == len({parts for *_, parts in found}) == 200
+    assert len({counters for counters, _ in found}) == len({parts for _, parts in found}) == 200
+    assert {parts - counters for counters, parts in found} == {32}  # at a multiple of 16 bytes
+    assert {len(memory) for memory in driver.memory} == {32 + 256}
+
+
+def test_where_blocks_do_not_meet_no_memory_is_taken(driver: FakeDriver) -> None:
+    assert Workspaces(*cuda_config.workspace_bytes(problem(64, 4096), Config(64, 64, 4))).another() == (None, None)
+    assert driver.memory == []
 
 
 def test_memory_that_is_not_there_is_the_drivers_error_and_captures_go_on(driver: FakeDriver) -> None:
@@ -481,6 +526,50 @@ def test_the_launch_of_tensors_of_any_strides(driver: FakeDriver) -> None:
     assert [getattr(p, name).value for name in ("tiles", "groups", "key_groups", "wave")] == [4, 6, 2, 4]
     assert (p.all_groups, p.lse, p.seqlen_q, p.seqlen_k, p.ahead, p.behind) == (12, None, 200, 1000, 1, 1199)
     assert p.scale_log2 == pytest.approx(math.log2(math.e) / math.sqrt(72))
+    assert (p.arrived, p.parts, driver.memory) == (None, None, [])
+
+
+def launched_strided(driver: FakeDriver, case: Problem, config: cuda_sm80.Config) -> SimpleNamespace:
+    q, k, v = (torch.empty(shape, dtype=torch.float16) for shape in (case.q_shape, case.k_shape, case.v_shape))
+    out = torch.empty(case.out_shape, dtype=torch.float16)
+    launch = cuda._launch_strided(case, config, q, k, v, out, None)
+    return SimpleNamespace(launch=launch, out=out)
+
+
+def test_the_launch_of_a_split_problem_of_any_strides(driver: FakeDriver) -> None:
+    """What its blocks meet in belongs to one stream, or to one capture of it, and lives as long as the output."""
+    case, config = problem(100, 1000, heads_q=3, head_dim_v=72), cuda_sm80.Config(16, 64, 1, 4, parts=5)
+    made = launched_strided(driver, case, config)
+    for stream, capture in ((1, 0), (2, 0), (1, 0), (1, 7), (1, 8), (1, 7)):
+        made.launch(stream, capture)
+    assert {tuple(launch.grid) for launch in driver.launches} == {(3 * 7 * 5, 1, 1)}
+    assert {frozenset(launch.attributes) for launch in driver.launches} == {frozenset()}  # no block waits for another
+    places = [(launch.params.arrived, launch.params.parts) for launch in driver.launches]
+    assert (places[2], places[5]) == (places[0], places[3])
+    assert len(set(places)) == len({place for pair in places for place in pair}) / 2 == 4
+    counters, room = 96, 3 * 7 * 5 * 16 * (80 * 4 + 8)  # 21 tiles' counters, up to a multiple of 16 bytes
+    assert [len(memory) for memory in driver.memory] == [counters + room] * 4
+    for arrived, parts in set(places):
+        assert parts - arrived == counters
+        assert ctypes.string_at(arrived, counters) == bytes(counters)
+    out, place = made.out, places[0][0]
+    driver.launches.clear()
+    del made
+    gc.collect()
+    assert place not in driver.freed
+    del out
+    gc.collect()
+    assert place in driver.freed
+
+
+def test_more_blocks_than_a_grid_may_have_are_refused(driver: FakeDriver) -> None:
+    case = problem(1, 1, batch=70_000_000, head_dim=8)
+    assert JitFlashCuda().unsupported(case) is None
+    none = torch.empty(0)
+    config = cuda_sm80.Config(16, 64, 1, 4, parts=31)
+    with pytest.raises(ValueError, match=r"2170000000 blocks are more than a grid may have"):
+        cuda._launch_strided(case, config, none, none, none, none, None)
+    assert driver.memory == []
 
 
 def test_what_a_gpu_has_is_the_drivers_word(driver: FakeDriver) -> None:
@@ -627,7 +716,8 @@ def test_how_many_sms_have_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_how_many_sms_have_work_before_hopper(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert JitFlashCuda().parallel_units(problem(128, 1024)) == 8
+    assert JitFlashCuda().parallel_units(problem(128, 64)) == 8
+    assert JitFlashCuda().parallel_units(problem(128, 1024)) == 8 * 8  # two key blocks a part
     assert JitFlashCuda().parallel_units(problem(8192, 8192, heads_q=8)) == 108
 
 
@@ -710,6 +800,8 @@ STRIDED_VARIANTS = [
     ("sm_89", problem(64, 64, head_dim=64, causal=True), cuda_sm80.Config(128, 96, 4), 16),
     ("sm_90", problem(3, 9, heads_q=5, heads_kv=1, head_dim=72), cuda_sm80.Config(32, 64, 2, 2, 2, True), 2),
     ("sm_120", problem(64, 64, dtype="bf16"), cuda_sm80.Config(64, 64, 4, 1, 1, True), 16),
+    ("sm_80", problem(128, 8192), cuda_sm80.Config(16, 64, 1, 4, 2, True, parts=17), 16),
+    ("sm_90", problem(2048, 8192, causal=True), cuda_sm80.Config(64, 64, 4, 1, 2, True, parts=8), 16),
 ]
 
 
@@ -748,7 +840,7 @@ def test_nvcc_compiles_it_without_a_warning_a_spill_or_products_one_after_the_ot
 
 
 @pytest.mark.skipif(jit.missing(lambda: jit.cuda_toolchain("sm_80")) is not None, reason="no nvcc")
-@pytest.mark.parametrize(("arch", "case", "config", "copy"), STRIDED_VARIANTS[:2])
+@pytest.mark.parametrize(("arch", "case", "config", "copy"), [*STRIDED_VARIANTS[:2], *STRIDED_VARIANTS[-2:]])
 def test_nvcc_compiles_the_other_too(arch: str, case: Problem, config, copy: int, tmp_path: Path) -> None:
     tools = jit.cuda_toolchain(arch, cubin=True)
     flags = [f"-D{name}={value}" for name, value in cuda_sm80.macros(case, config, copy).items()]

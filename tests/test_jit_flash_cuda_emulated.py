@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -96,19 +97,46 @@ def kernel(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     return compiled(SOURCE, dict(macros))
 
 
-def run(variant: Variant, tensors: Sequence[Tensor], library: ctypes.CDLL | None = None) -> SimpleNamespace:
-    """The kernel's output and log-sum-exp, and what the emulation has to say."""
+class Workspace:
+    """Where blocks meet, as the plugin lays it out: counters of zero, and NaN where a part will be."""
+
+    def __init__(self, variant: Variant) -> None:
+        sizes = cuda_sm80.workspace_bytes(variant.case, variant.config)
+        self.counters, self.parts = (
+            torch.zeros(sizes[0] // 4, dtype=torch.int32),
+            torch.full((sizes[1] // 4,), math.nan),
+        )
+
+
+def run(
+    variant: Variant,
+    tensors: Sequence[Tensor],
+    library: ctypes.CDLL | None = None,
+    workspace: Workspace | None = None,
+    order: Callable[[list[int]], Sequence[int]] | None = None,
+) -> SimpleNamespace:
+    """The kernel's output and log-sum-exp, and what the emulation has to say.
+
+    `order` is the blocks'; as on a device, no tile has all its parts before another has some, unless it is given.
+    """
     case, config = variant.case, variant.config
+    met = workspace or Workspace(variant)
     out = torch.full(case.out_shape, math.nan, dtype=tensors[0].dtype)
     lse = torch.full(case.out_shape[:3], 7.0)
     params = cuda.strided_params(case, config, *tensors, out, lse)
-    ends = [end for tensor in (*tensors, out, lse) for end in extent(tensor)]
+    params.arrived, params.parts = met.counters.data_ptr(), met.parts.data_ptr()
+    meets = (met.counters, met.parts) if config.parts > 1 else ()
+    ends = [end for tensor in (*tensors, out, lse, *meets) for end in extent(tensor)]
+    blocks = list(range(cuda_sm80.units(case, config) * config.parts))
+    blocks = order(blocks) if order else sorted(blocks, key=lambda block: block % config.parts)
     ranges, conflicts = (ctypes.c_void_p * len(ends))(*ends), ctypes.c_int()
     library = library or kernel(tuple(variant.macros.items()))
     fault = library.emulate(
-        *(ctypes.byref(params), cuda_sm80.units(case, config)),
-        *(config.shared_bytes(case.head_dim, case.head_dim_v), 3, 2, ranges, ctypes.byref(conflicts)),
+        *(ctypes.byref(params), len(blocks), (ctypes.c_uint32 * len(blocks))(*blocks)),
+        *(config.shared_bytes(case.head_dim, case.head_dim_v), 3, 2, len(meets), ranges, ctypes.byref(conflicts)),
     )
+    if not fault and met.counters.any():
+        fault = b"counters are not ready for the next launch"
     return SimpleNamespace(out=out, lse=lse, fault=fault.decode(), conflicts=conflicts.value)
 
 
@@ -158,6 +186,12 @@ FLAT = Config(32, 64, 2, 2, stages=2, q_registers=True)
 LEAST = Config(16, 64, 1, 4, stages=2, q_registers=True)
 """Its warps have keys of their own."""
 
+
+def split(config: Config, parts: int) -> Config:
+    """Its keys between blocks."""
+    return replace(config, parts=parts)
+
+
 LENGTHS = [(1, 1), (1, 257), (17, 33), (33, 17), (64, 64), (65, 65), (70, 200), (130, 1)]
 MASKS = [
     {"causal": causal, "window": window, "seqlen_q": q, "seqlen_k": k}
@@ -189,6 +223,31 @@ CASES: dict[str, list[Variant]] = {
         Variant(problem(1, size, heads_q=16, heads_kv=2, head_dim=128), LEAST) for size in (3, 400)
     ],
     "grouped heads, many queries": [Variant(problem(70, 100, heads_q=4, heads_kv=2), MIDDLE)],
+    # Some parts have no keys, at the lengths; with masks, some have none that a row sees.
+    "lengths, 3 parts": [Variant(problem(*size), split(MIDDLE, 3)) for size in LENGTHS],
+    "lengths, 3 parts, split keys": [Variant(problem(*size, dtype="bf16"), split(LEAST, 3)) for size in LENGTHS],
+    "masks, 2 parts": [Variant(problem(**fields), split(Config(64, 32, 2), 2)) for fields in MASKS],
+    "masks, 5 parts, split keys": [Variant(problem(**fields, dtype="bf16"), split(FLAT, 5)) for fields in MASKS],
+    "many heads, causal, 2 parts": [
+        Variant(problem(40, 150, batch=3, heads_q=6, heads_kv=6, causal=True), split(FLAT, 2))
+    ],
+    "32 rows a warp, 4 parts": [Variant(problem(150, 530, head_dim=128, causal=True, dtype="bf16"), split(TALL, 4))],
+    "17 parts": [Variant(problem(40, 17 * 32 + 5), split(Config(32, 32, 2), 17))],  # asked for in two rounds
+    "32 parts": [Variant(problem(20, 2100, dtype="bf16"), split(LEAST, 32))],
+    "head dims 8 and 8, 3 parts": [Variant(problem(40, 190, head_dim=8), split(Config(32, 64, 2), 3))],
+    "head dims 8 and 256, 2 parts": [
+        Variant(problem(40, 190, head_dim=8, head_dim_v=256, dtype="bf16"), split(Config(64, 64, 4), 2))
+    ],
+    "head dims 40 and 72, 3 parts": [
+        Variant(problem(40, 190, head_dim=40, head_dim_v=72), split(replace(FLAT, stages=1), 3))
+    ],
+    "grouped heads, 3 parts": [
+        Variant(problem(*size, heads_q=6, heads_kv=2, batch=2, causal=True), split(FLAT, 3))
+        for size in ((1, 70), (13, 130))
+    ],
+    "grouped heads, decoding, 4 parts": [
+        Variant(problem(1, size, heads_q=16, heads_kv=2, head_dim=128), split(LEAST, 4)) for size in (3, 400)
+    ],
 }
 
 
@@ -258,10 +317,54 @@ def test_offsets_beyond_32_bits() -> None:
     assert wrong(Variant(case, Config(32, 64, 2, stages=2)), tensors) == ""
 
 
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+SPLIT = [
+    Variant(problem(70, 500, heads_q=2, causal=True), split(MIDDLE, 3)),
+    Variant(problem(70, 500, heads_q=2, causal=True, dtype="bf16"), split(LEAST, 3)),
+]
+
+
+@pytest.mark.parametrize("variant", SPLIT, ids=["a warp a row", "split keys"])
+def test_in_whichever_order_blocks_run_the_bits_are_the_same(variant: Variant) -> None:
+    tensors = inputs(variant.case)
+    first = run(variant, tensors)
+    assert first.fault == ""
+    shuffled = [random.Random(seed).sample for seed in range(3)]
+    for order in (list, lambda blocks: blocks[::-1], *(lambda blocks, s=s: s(blocks, len(blocks)) for s in shuffled)):
+        found = run(variant, tensors, order=order)
+        assert found.fault == ""
+        assert torch.equal(found.out, first.out)
+        assert torch.equal(found.lse, first.lse)
+
+
+@pytest.mark.parametrize("variant", SPLIT, ids=["a warp a row", "split keys"])
+def test_launches_share_a_workspace_one_after_the_other(variant: Variant) -> None:
+    """What an earlier one has left there is not taken for this one's."""
+    workspace = Workspace(variant)
+    for seed in range(3):
+        tensors = inputs(variant.case, seed)
+        found, alone = (
+            run(variant, tensors, workspace=workspace, order=lambda blocks: blocks[::-1]),
+            run(variant, tensors),
+        )
+        assert found.fault == alone.fault == ""
+        assert torch.equal(found.out, alone.out)
+        assert torch.equal(found.lse, alone.lse)
+
+
 # --- extreme numbers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [MIDDLE, LEAST], ids=["a warp a row", "split keys"])
+ALIKE = {
+    "a warp a row": MIDDLE,
+    "split keys": LEAST,
+    "a warp a row, 2 parts": split(MIDDLE, 2),
+    "split keys, 2 parts": split(LEAST, 2),
+}
+
+
+@pytest.mark.parametrize("config", ALIKE.values(), ids=ALIKE)
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 30.0, 4e3, 1e6, 1e16], ids="{:g}".format)
 def test_logits_of_any_size(factor: float, config: Config) -> None:
     """Up to 10³², where products of a score and the scale keep nothing of the differences between scores."""
@@ -275,13 +378,13 @@ def test_a_maximum_that_rises_in_every_block() -> None:
     q, k, v = inputs(case)
     q[..., 0] = 8.0
     k[..., 0] = torch.linspace(-40, 40, 300)
-    for config in (MIDDLE, LEAST):
+    for config in ALIKE.values():
         assert wrong(Variant(case, config), [q, k, v]) == ""
 
 
-@pytest.mark.parametrize("config", [MIDDLE, FLAT], ids=["a warp a row", "split keys"])
+@pytest.mark.parametrize("config", [MIDDLE, FLAT, split(MIDDLE, 2), split(FLAT, 2)], ids=ALIKE)
 def test_a_row_that_sees_no_key_is_zeros_whatever_is_hidden_from_it(config: Config) -> None:
-    case = problem(100, 70, causal=True, dtype="fp16" if config == MIDDLE else "bf16")
+    case = problem(100, 70, causal=True, dtype="fp16" if config.rows == 64 else "bf16")
     q, k, v = inputs(case)
     v[:, :, 0, 5], v[:, :, 1, 6], k[:, :, 2] = math.inf, math.nan, math.nan
     found = run(Variant(case, config), (q, k, v))
@@ -292,7 +395,7 @@ def test_a_row_that_sees_no_key_is_zeros_whatever_is_hidden_from_it(config: Conf
     assert found.out[:, :, 30, 7].isfinite().all()
 
 
-@pytest.mark.parametrize("config", [MIDDLE, LEAST], ids=["a warp a row", "split keys"])
+@pytest.mark.parametrize("config", ALIKE.values(), ids=ALIKE)
 def test_nan_and_infinity_come_through(config: Config) -> None:
     case = problem(20, 150, dtype="bf16")
     q, k, v = inputs(case)
@@ -308,7 +411,7 @@ def test_nan_and_infinity_come_through(config: Config) -> None:
     assert run(Variant(case, config), (q, k, v)).out.isnan().all()
 
 
-@pytest.mark.parametrize("config", [MIDDLE, LEAST], ids=["a warp a row", "split keys"])
+@pytest.mark.parametrize("config", ALIKE.values(), ids=ALIKE)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_scores_of_infinity_are_not_hidden_keys(config: Config, sign: int) -> None:
     """Finite bf16 inputs can have them: plain attention has NaN there, too."""
@@ -335,6 +438,7 @@ def test_the_emulation_rounds_as_torch_does() -> None:
 
 
 PLAIN = problem(70, 200, head_dim=128, causal=True)
+PARTED, PARTED_LEAST = split(MIDDLE, 3), split(LEAST, 3)
 WAIT = "copy_wait<STAGES == 1 ? 0 : STAGES - 2>();"
 FAULTS = {
     "a wait is missing": (WAIT, "", MIDDLE),
@@ -342,7 +446,7 @@ FAULTS = {
     "no barrier before reading": (f"{WAIT}\n        __syncthreads();", WAIT, MIDDLE),
     "no barrier before V is read": ("copy_wait<0>();\n            __syncthreads();", "copy_wait<0>();", TALL),
     "no barrier before the output": ("__syncthreads();  // all have read what the output lies over", "", LEAST),
-    "no barrier between the parts": ("__syncthreads();\n        add_parts", "add_parts", LEAST),
+    "no barrier between the parts": ("__syncthreads();\n        add_warps", "add_warps", LEAST),
     "rows are read before all lanes wrote": ("    __syncwarp();\n", "", MIDDLE),
     "rows are not permuted": ("chunk ^ (row / (8 / SPAN<CHUNKS>) % SPAN<CHUNKS>)", "chunk", MIDDLE),
     "a fragment's step is wrong": ("step % STEPS * 32", "step % STEPS * 16", MIDDLE),
@@ -351,8 +455,52 @@ FAULTS = {
     "one key too many is seen": ("8 * n + e >= high", "8 * n + e > high", MIDDLE),
     "a block is not masked": ("key + WARP_KEYS <= high_key(p, first)", "key < high_key(p, first)", MIDDLE),
     "sums are not rescaled": ("sum[m][h] *= factor;", "", LEAST),
-    "a warp's part has another's weight": ("sums[part] * weight", "sums[part]", LEAST),
+    "a warp's part has another's weight": ("sums[i] * weight", "sums[i]", LEAST),
+    "a part's columns have another's weight": ("total[c] += o[i][c] * weight", "total[c] += o[i][c]", PARTED),
+    "a part's sum has another's weight": ("states[i][1] * weight", "states[i][1]", PARTED_LEAST),
+    "the last part is dropped": ("const int left = PARTS - round", "const int left = PARTS - 1 - round", PARTED),
+    "parts lie over each other": ("parts + number % PARTS * PART_FLOATS", "parts", PARTED),
+    "a part is read from another's place": ("(round * BATCH + i) * PART_FLOATS", "i / 2 * 2 * PART_FLOATS", PARTED),
+    "tiles' parts lie over each other": ("p.parts + work * (PARTS * PART_FLOATS)", "p.parts", PARTED),
+    "one arrival fewer is counted": ("arrived, PARTS - 1) == PARTS - 1", "arrived, PARTS - 2) == PARTS - 2", PARTED),
+    "the last does not know that it is": ("arrived, PARTS - 1) == PARTS - 1", "arrived, PARTS - 1) == PARTS", PARTED),
+    "the first adds up": ("arrived, PARTS - 1) == PARTS - 1", "arrived, PARTS - 1) == 0", PARTED),
+    "counters are not at zero again": ("atomicInc(arrived, PARTS - 1)", "atomicInc(arrived, PARTS)", PARTED),
+    "tiles count together": ("is_last(p.arrived + work)", "is_last(p.arrived)", PARTED_LEAST),
+    "no barrier before counting": ("    __syncthreads();  // all have written", "    // all have written", PARTED),
+    "no fence before counting": ("__threadfence();\n        last", "last", PARTED),
+    "no fence after counting": ("PARTS - 1;\n        __threadfence();", "PARTS - 1;", PARTED),
+    "only the first thread knows": ("return __syncthreads_or(last)", "return last", PARTED),
+    "a part has a key block too few": (
+        "blocks * (part + 1) / PARTS",
+        "blocks * (part + 1) / PARTS - (part == 1)",
+        PARTED,
+    ),
+    "a part has another's key block too": (
+        "first + blocks * part / PARTS",
+        "first + blocks * part / PARTS - (part == 2)",
+        PARTED,
+    ),
+    "a part's last rows are dropped": (
+        "if (at >= rows_of(p, tile)) continue",
+        "if (at + 1 >= rows_of(p, tile)) continue",
+        PARTED,
+    ),
+    "a part's last row is dropped": (
+        "if (at >= rows_of(p, tile)) break",
+        "if (at + 1 >= rows_of(p, tile)) break",
+        PARTED_LEAST,
+    ),
+    "the sum so far keeps its weight": ("total[c] *= factor", "total[c] *= 1", split(LEAST, 17)),
 }
+
+
+def rising(config: Config) -> list[Tensor]:
+    """Later keys outweigh earlier ones; of parts, not so far that a wrong one would not count."""
+    tensors = inputs(PLAIN)
+    most = 40 if config.parts == 1 else 10
+    tensors[0][..., 0], tensors[1][..., 0] = 4.0, torch.linspace(-most, most, 200)
+    return tensors
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -363,13 +511,9 @@ def test_a_fault_in_the_kernel_is_seen(name: str, tmp_path: Path) -> None:
     source = tmp_path / SOURCE.name
     source.write_text(text.replace(right, faulty))
     variant = Variant(PLAIN, config)
-    tensors = inputs(PLAIN)
-    tensors[0][..., 0], tensors[1][..., 0] = 4.0, torch.linspace(-40, 40, 200)  # later keys outweigh earlier ones
-    assert wrong(variant, tensors, compiled(source, variant.macros)) != ""
+    assert wrong(variant, rising(config), compiled(source, variant.macros)) != ""
 
 
-@pytest.mark.parametrize("config", [TALL, MIDDLE, LEAST], ids=["32 rows a warp", "16 rows a warp", "split keys"])
+@pytest.mark.parametrize("config", [TALL, MIDDLE, LEAST, PARTED, PARTED_LEAST, split(LEAST, 17)])
 def test_without_a_fault_nothing_is(config: Config) -> None:
-    tensors = inputs(PLAIN)
-    tensors[0][..., 0], tensors[1][..., 0] = 4.0, torch.linspace(-40, 40, 200)
-    assert wrong(Variant(PLAIN, config), tensors) == ""
+    assert wrong(Variant(PLAIN, config), rising(config)) == ""

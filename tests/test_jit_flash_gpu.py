@@ -18,6 +18,7 @@ import torch
 SCRIPT = r'''
 import gc, itertools, json, math, random, traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 import torch
 from attnbench import Problem
 from attnbench_plugins.jit_flash import cuda, cuda_sm80
@@ -155,7 +156,10 @@ def configurations():
     ]
     if STRIDED:
         rooms = [cuda_sm80.Gpu(GPU.sms, room, room + 1024) for room in (101_376, 166_912)]
-        return faults({(case, config) for case in cases for room in rooms for config in cuda_sm80.configs(case, room)})
+        whole = {(case, config) for case in cases for room in rooms for config in cuda_sm80.configs(case, room)}
+        parts = {(case, replace(config, parts=3)) for case, config in whole}
+        more = [replace(config, parts=parts) for config in cuda_sm80.configs(cases[0], GPU) for parts in (17, 32)]
+        return faults(whole | parts | {(cases[0], config) for config in more})
     sms = current_sms()
     chosen = [(case, config) for case in cases for config in configs(case, sms)]
     few = random.Random(0).sample(chosen, 120)
@@ -242,7 +246,10 @@ def extremes():
 def bits():
     """Ten runs of the same give the same bits, split or not."""
     found = []
-    of_any_strides = [cuda_sm80.Config(128, 64, 4), cuda_sm80.Config(16, 64, 1, 4, 2)]
+    of_any_strides = [
+        *(cuda_sm80.Config(128, 64, 4), cuda_sm80.Config(16, 64, 1, 4, 2)),
+        *(cuda_sm80.Config(64, 64, 4, stages=2, parts=8), cuda_sm80.Config(16, 64, 1, 4, 2, parts=32)),
+    ]
     of_tma = [
         *(Config(64, 64, 4, 8, 2), Config(128, 128, 2, 7), Config(128, 128, 2), Config(128, 64, 3, persistent=True)),
         *(Config(128, 128, 2, 32), Config(64, 64, 4, 8, 2, 2)),
@@ -297,8 +304,10 @@ def in_flight():
     found = []
     one_head, heads = problem(512, 4096), problem(512, 1024, heads_q=50)
     memory = Config(64, 64, 4, 16)  # of which two do not fit at once
-    for case, config in ((one_head, memory), (heads, Config(128, 128, 2, persistent=True))):
-        call = prepared(case, *inputs(case), config=None if STRIDED else config)
+    of_tma = ((one_head, memory), (heads, Config(128, 128, 2, persistent=True)))
+    strided = ((one_head, cuda_sm80.Config(16, 64, 1, 4, 2, parts=8)), (heads, cuda_sm80.Config(64, 64, 4, parts=3)))
+    for case, config in strided if STRIDED else of_tma:
+        call = prepared(case, *inputs(case), config=config)
         right = call().clone()
         made = [torch.cuda.Stream() for _ in range(2)]
         captured = []
@@ -355,10 +364,11 @@ def graphs():
     expected = prepared(case, *others)()
     found = [] if torch.equal(out, expected) else ["a replay does not read the inputs"]
     # The graph and the output are kept, and the call is not: what blocks meet in must not be given away.
-    for config in (Config(64, 64, 4, 8), Config(128, 128, 2, persistent=True)):
+    of_any_strides = (cuda_sm80.Config(16, 64, 1, 4, 2, parts=8), cuda_sm80.Config(64, 64, 4))
+    for config in of_any_strides if STRIDED else (Config(64, 64, 4, 8), Config(128, 128, 2, persistent=True)):
         case = problem(512, 2048, heads_q=1 if config.parts > 1 else 50)
         tensors = inputs(case)
-        call = prepared(case, *tensors, config=None if STRIDED else config)
+        call = prepared(case, *tensors, config=config)
         call()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -427,7 +437,11 @@ def huge():
     """Logits up to 10³², scores that are infinite, and NaN; the kernel for TMA gives NaN beyond 2²⁸."""
     found = []
     of_tma = (Config(64, 64, 4, 5, 2), Config(128, 128, 2), Config(64, 64, 4, 7, 1, 2))
-    for config in (cuda_sm80.Config(128, 64, 4), cuda_sm80.Config(16, 64, 1, 4, 2)) if STRIDED else of_tma:
+    of_any_strides = (
+        *(cuda_sm80.Config(128, 64, 4), cuda_sm80.Config(16, 64, 1, 4, 2)),
+        *(cuda_sm80.Config(128, 64, 4, parts=3), cuda_sm80.Config(16, 64, 1, 4, 2, parts=5)),
+    )
+    for config in of_any_strides if STRIDED else of_tma:
         case = problem(100, 900, dtype="bf16")
         for scale in (1e3, 1e6, 1e16):
             q, k, v = inputs(case)

@@ -14,8 +14,15 @@
 //     copies, STAGES 1   Q K0 |  V0 |        K1      |  V1 |        K2      | …
 //     each warp               | QK0 | softmax0 · PV0 | QK1 | softmax1 · PV1 | …
 //
-// Where KEY_WARPS > 1, the warps' sums are added up at the end, in the order of their keys. One launch, no workspace,
-// the same bits every time.
+// Where KEY_WARPS > 1, the warps' sums are added up at the end, in the order of their keys. Where PARTS is 1, rows are
+// then written. Else that many blocks share the key blocks that a tile sees, and each has come to one part of its sums:
+//
+//     every block     O, unnormalised, with m and l, to global memory, which stays in L2; then counts itself
+//     the last of     reads all parts, adds them up in their order, and writes the rows
+//      its tile
+//
+// No block waits for another, so they may run in any order, and not all at once. It is one launch, and gives the same
+// bits every time. The counters are at zero again after each; no two launches in flight may share them.
 //
 // Shared memory, in chunks of 16 bytes, permuted in each row so that eight rows' chunks of one column lie in all banks:
 //
@@ -25,7 +32,10 @@
 // and after the last key block over both, from the start:
 //
 //     output   KEY_WARPS = 1: ROWS rows of DV in 16 bits, so that whole rows are written
-//     parts    KEY_WARPS > 1: KEY_WARPS × ROWS rows of DV + 8 floats: O, reference, sum
+//     sums     KEY_WARPS > 1: KEY_WARPS × ROWS rows of DV + 8 floats: O, reference, sum
+//
+// A part in global memory is ROWS rows of DV floats of O, and behind them ROWS times reference and sum. Rows that hold no
+// query are neither written nor read.
 //
 // The source compiles for one configuration, given as macros:
 //     HEAD_DIM, HEAD_DIM_V  multiples of 8; D and DV are these in whole steps of 16, the rest zeros
@@ -35,6 +45,7 @@
 //     STAGES                of the ring
 //     Q_REGISTERS           1: a warp keeps its queries in registers, 0: it reads them again for each key block
 //     PACK                  query heads of a tile; a divisor of those that share a key head
+//     PARTS                 blocks that share the keys of a tile
 //     MASKED                1: causal or window
 //     COPY                  bytes that addresses and strides of Q, K and V are multiples of: 16, 8, 4 or 2
 // No header is included, so that NVRTC compiles it without a CUDA toolkit. With EMULATION, the name of a header, it is
@@ -49,9 +60,11 @@ constexpr int THREADS = 32 * ROW_WARPS * KEY_WARPS;
 constexpr int WARP_ROWS = ROWS / ROW_WARPS, WARP_KEYS = KEYS / KEY_WARPS;
 constexpr int ROW_TILES = WARP_ROWS / 16;  // of mma.sync: a key's fragment is read once for all of them
 constexpr int QUERIES = ROWS / PACK;       // of a tile
-constexpr int PART_ROW = DV + 8;           // floats: four rows start in different banks
+constexpr int SUMS_ROW = DV + 8;           // floats: four rows start in different banks
+constexpr i64 PART_FLOATS = ROWS * (DV + 2);
 constexpr u32 Q_BYTES = ROWS * D * 2, K_BYTES = KEYS * D * 2, V_BYTES = KEYS * DV * 2;
 static_assert(ROWS % (16 * ROW_WARPS) == 0 && KEYS % (16 * KEY_WARPS) == 0, "warps have whole tiles of mma.sync");
+static_assert(PARTS >= 1 && PARTS <= 32, "a part's first key block is computed in 32 bits");
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0 && PACK <= ROWS, "rows are whole chunks");
 
 extern "C" {
@@ -80,6 +93,8 @@ struct Params {
     int seqlen_q, seqlen_k;
     int ahead, behind;   // a query at key position p sees the keys from p - behind to below p + ahead
     float scale_log2;    // softmax_scale · log2(e)
+    u32* arrived;        // where tiles have parts: of each tile, how many are there, all of them being none again
+    float* parts;        // the same: (tile, part) of PART_FLOATS
 };
 }
 
@@ -122,7 +137,32 @@ __device__ __forceinline__ u32 load_element(const u16* source) {
 }
 
 __device__ __forceinline__ void store_global(void* target, uint4 value) { *static_cast<uint4*>(target) = value; }
+__device__ __forceinline__ void store_global(void* target, uint2 value) { *static_cast<uint2*>(target) = value; }
 __device__ __forceinline__ void store_global(float* target, float value) { *target = value; }
+
+template <int N>
+__device__ __forceinline__ void store_part(float* target, const float (&x)[N]) {
+    if constexpr (N == 2) {
+        asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x[0]), "f"(x[1]) : "memory");
+    } else {
+        asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+                     "f"(x[3])
+                     : "memory");
+    }
+}
+
+// From L2, where other SMs' parts are.
+template <int N>
+__device__ __forceinline__ void load_part(float (&x)[N], const float* source) {
+    if constexpr (N == 2) {
+        asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "l"(source) : "memory");
+    } else {
+        asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                     : "l"(source)
+                     : "memory");
+    }
+}
 
 __device__ __forceinline__ void store_shared(u32 target, u32 value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(target), "r"(value) : "memory");
@@ -222,7 +262,7 @@ constexpr u32 ALL_LANES = 0xFFFFFFFF;
 struct Tile {
     int batch, group;  // of PACK query heads
     int query;         // the first
-    int block, end;    // the key blocks that some row sees: the first, and the one after the last
+    int block, end;    // the key blocks that some row sees, or a part of them: the first, and the one after the last
 };
 
 __device__ __forceinline__ u32 operator/(u32 n, const Divisor& d) { return (__umulhi(n, d.factor) + n) >> d.shift; }
@@ -240,8 +280,10 @@ __device__ __forceinline__ int position_of(const Params& p, const Tile& tile, in
     return tile.query + row / PACK + p.seqlen_k - p.seqlen_q;
 }
 
-__device__ __forceinline__ Tile tile_of(const Params& p, u32 work) {
+// Of a block of threads. Its part of the key blocks may be none.
+__device__ __forceinline__ Tile tile_of(const Params& p, u32 number) {
     Tile tile;
+    const u32 work = number / PARTS;
     u32 all_groups = work / p.tiles, tiles_left = work - all_groups * p.tiles.value;  // a wave of one group
     if (MASKED) {
         const u32 wave = all_groups / p.wave, first = wave * p.wave.value;
@@ -257,7 +299,16 @@ __device__ __forceinline__ Tile tile_of(const Params& p, u32 work) {
     const int low = low_key(p, position_of(p, tile, 0));
     const int high = max(low, high_key(p, position_of(p, tile, last * PACK)));
     tile.block = low / KEYS, tile.end = (high + KEYS - 1) / KEYS;
+    if (PARTS > 1) {
+        const int first = tile.block, blocks = tile.end - first, part = number % PARTS;
+        tile.block = first + blocks * part / PARTS, tile.end = first + blocks * (part + 1) / PARTS;
+    }
     return tile;
+}
+
+// Rows that hold a query: the first so many.
+__device__ __forceinline__ int rows_of(const Params& p, const Tile& tile) {
+    return min(QUERIES, p.seqlen_q - tile.query) * PACK;
 }
 
 // Where a warp's first and last query stand among the keys.
@@ -683,14 +734,16 @@ __device__ __forceinline__ void write_rows(const Params& p, const Tile& tile, co
     }
 }
 
-// A warp's part of its rows: O, and reference and sum.
-__device__ __forceinline__ void keep_part(const Warp& warp, u32 memory, const Output& o, const Softmax& softmax) {
-    const int lane = warp.lane, part = warp.first_key / WARP_KEYS;
+// ---- sums of several warps, and of several blocks -----------------------------------------------------------------
+
+// What a warp of KEY_WARPS has come to, to shared memory.
+__device__ __forceinline__ void keep_sums(const Warp& warp, u32 memory, const Output& o, const Softmax& softmax) {
+    const int lane = warp.lane, index = warp.first_key / WARP_KEYS;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const u32 row = memory + (part * ROWS + warp.first_row + 16 * m + lane / 4 + 8 * h) * PART_ROW * 4;
+            const u32 row = memory + (index * ROWS + warp.first_row + 16 * m + lane / 4 + 8 * h) * SUMS_ROW * 4;
 #pragma unroll
             for (int n = 0; n < DV / 8; ++n) {
                 store_shared(row + (8 * n + lane % 4 * 2) * 4, o[m][n][2 * h], o[m][n][2 * h + 1]);
@@ -700,37 +753,152 @@ __device__ __forceinline__ void keep_part(const Warp& warp, u32 memory, const Ou
     }
 }
 
-__device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, u32 memory) {
+// Adds up the warps' sums, and writes the rows; or, where tiles have parts, this block's.
+__device__ __forceinline__ void add_warps(const Params& p, const Tile& tile, u32 memory, float* part) {
     constexpr int CHUNKS = DV / 8;
     for (int index = threadIdx.x; index < ROWS * CHUNKS; index += THREADS) {
         const int at = index / CHUNKS, chunk = index % CHUNKS;
-        const u32 first = memory + at * PART_ROW * 4;
+        const u32 first = memory + at * SUMS_ROW * 4;
         float reference[KEY_WARPS], sums[KEY_WARPS], top = MINUS_INFINITY;
 #pragma unroll
-        for (int part = 0; part < KEY_WARPS; ++part) {
-            const uint4 state = load_shared(first + (part * ROWS * PART_ROW + DV) * 4);
-            reference[part] = __int_as_float(state.x), sums[part] = __int_as_float(state.y);
-            top = fmaxf(top, reference[part]);
+        for (int i = 0; i < KEY_WARPS; ++i) {
+            const uint4 state = load_shared(first + (i * ROWS * SUMS_ROW + DV) * 4);
+            reference[i] = __int_as_float(state.x), sums[i] = __int_as_float(state.y);
+            top = fmaxf(top, reference[i]);
         }
         float sum = 0, total[8] = {};
 #pragma unroll
-        for (int part = 0; part < KEY_WARPS; ++part) {
-            const float weight = exp2_approx((reference[part] - Softmax::finite(top)) * p.scale_log2);
-            sum += sums[part] * weight;
+        for (int i = 0; i < KEY_WARPS; ++i) {
+            const float weight = exp2_approx((reference[i] - Softmax::finite(top)) * p.scale_log2);
+            sum += sums[i] * weight;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const uint4 x = load_shared(first + (part * ROWS * PART_ROW + 8 * chunk + 4 * half) * 4);
+                const uint4 x = load_shared(first + (i * ROWS * SUMS_ROW + 8 * chunk + 4 * half) * 4);
                 total[4 * half] += __int_as_float(x.x) * weight;
                 total[4 * half + 1] += __int_as_float(x.y) * weight;
                 total[4 * half + 2] += __int_as_float(x.z) * weight;
                 total[4 * half + 3] += __int_as_float(x.w) * weight;
             }
         }
-        const Row row(p, tile, at);
-        const float inverse = inverse_approx(sum);
-        const auto both = [&](int i) { return normalised(row, total[i], total[i + 1], inverse); };
-        write(p, row, chunk, uint4{both(0), both(2), both(4), both(6)});
-        if (p.lse && chunk == 0 && row.valid) store_global(p.lse + row.index, log_sum(top, sum, p.scale_log2));
+        if (PARTS > 1) {
+            if (at >= rows_of(p, tile)) break;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float* const x = total + 4 * half;
+                store_part(part + at * DV + 8 * chunk + 4 * half, {x[0], x[1], x[2], x[3]});
+            }
+            if (chunk == 0) store_part(part + ROWS * DV + 2 * at, {top, sum});
+        } else {
+            const Row row(p, tile, at);
+            const float inverse = inverse_approx(sum);
+            const auto both = [&](int i) { return normalised(row, total[i], total[i + 1], inverse); };
+            write(p, row, chunk, uint4{both(0), both(2), both(4), both(6)});
+            if (p.lse && chunk == 0 && row.valid) store_global(p.lse + row.index, log_sum(top, sum, p.scale_log2));
+        }
+    }
+}
+
+// The rows of a warp that alone has them, to its block's part: four lanes write 32 bytes of a row.
+__device__ __forceinline__ void write_part(const Params& p, const Tile& tile, const Warp& warp, const Output& o,
+                                           const Softmax& softmax, float* part) {
+    const int lane = warp.lane;
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int at = warp.first_row + 16 * m + lane / 4 + 8 * h;
+            if (at >= rows_of(p, tile)) continue;
+#pragma unroll
+            for (int n = 0; n < DV / 8; ++n) {
+                store_part(part + at * DV + 8 * n + lane % 4 * 2, {o[m][n][2 * h], o[m][n][2 * h + 1]});
+            }
+            if (lane % 4 == 0) store_part(part + ROWS * DV + 2 * at, {softmax.reference[m][h], softmax.sum[m][h]});
+        }
+    }
+}
+
+// Counts this block's part; true in the block that comes last, which then sees all parts of the tile. The counter goes
+// from PARTS - 1 to 0, and so is ready for the next launch.
+__device__ __forceinline__ bool is_last(u32* arrived) {
+    bool last = false;
+    __syncthreads();  // all have written; a fence of one thread then is one for all of them
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicInc(arrived, PARTS - 1) == PARTS - 1;
+        __threadfence();
+    }
+    return __syncthreads_or(last);
+}
+
+// Four columns of a row, over the parts so far.
+struct Sum {
+    float reference, sum, total[4];
+
+    template <int N>
+    __device__ __forceinline__ void add(const float (&o)[N][4], const float (&states)[N][2], int count, float scale) {
+        float now = reference;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            if (i < count) now = fmaxf(now, states[i][0]);
+        }
+        const float base = Softmax::finite(now), factor = exp2_approx((reference - base) * scale);
+        reference = now, sum *= factor;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) total[c] *= factor;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            if (i >= count) break;
+            const float weight = exp2_approx((states[i][0] - base) * scale);
+            sum += states[i][1] * weight;
+#pragma unroll
+            for (int c = 0; c < 4; ++c) total[c] += o[i][c] * weight;
+        }
+    }
+};
+
+// Adds up the parts of a tile and writes its rows. One block does so while others have nothing to do: what counts is how
+// much it has asked for at once, which is 16 times 16 bytes a thread.
+__device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, const float* parts) {
+    constexpr int CHUNKS = DV / 4, TURNS = (ROWS * CHUNKS + THREADS - 1) / THREADS;
+    constexpr int ROUNDS = (PARTS + 15) / 16, BATCH = (PARTS + ROUNDS - 1) / ROUNDS;
+    constexpr int TOGETHER = TURNS < 16 / BATCH ? TURNS : 16 / BATCH;
+    const int count = rows_of(p, tile) * CHUNKS;
+    for (int start = threadIdx.x; start < count; start += THREADS * TOGETHER) {
+        Sum sums[TOGETHER];
+#pragma unroll
+        for (int j = 0; j < TOGETHER; ++j) sums[j] = Sum{MINUS_INFINITY, 0, {0, 0, 0, 0}};
+#pragma unroll
+        for (int round = 0; round < ROUNDS; ++round) {
+            const int left = PARTS - round * BATCH;
+            float o[TOGETHER][BATCH][4], states[TOGETHER][BATCH][2];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                if (i >= left) break;
+                const float* const part = parts + (round * BATCH + i) * PART_FLOATS;
+#pragma unroll
+                for (int j = 0; j < TOGETHER; ++j) {
+                    const int index = min(start + j * THREADS, count - 1);
+                    load_part(o[j][i], part + 4 * index);
+                    load_part(states[j][i], part + ROWS * DV + index / CHUNKS * 2);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < TOGETHER; ++j) sums[j].add(o[j], states[j], left, p.scale_log2);
+        }
+#pragma unroll
+        for (int j = 0; j < TOGETHER; ++j) {
+            const int index = start + j * THREADS, column = index % CHUNKS * 4;
+            if (index >= count) break;
+            const Sum& x = sums[j];
+            const Row row(p, tile, index / CHUNKS);
+            const float inverse = inverse_approx(x.sum);
+            if (column < HEAD_DIM_V) {
+                store_global(static_cast<u16*>(p.out) + row.index * HEAD_DIM_V + column,
+                             uint2{normalised(row, x.total[0], x.total[1], inverse),
+                                   normalised(row, x.total[2], x.total[3], inverse)});
+            }
+            if (p.lse && column == 0) store_global(p.lse + row.index, log_sum(x.reference, x.sum, p.scale_log2));
+        }
     }
 }
 
@@ -744,15 +912,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) flash_attention(const __gr
 #pragma unroll
     for (int i = 0; i < ROW_TILES * DV / 2; ++i) o[i / (DV / 2)][i / 4 % (DV / 8)][i % 4] = 0;
     Softmax softmax;
-    u32 work = blockIdx.x;
-    attend(p, tile_of(p, work), warp, base, o, softmax);
-    recompute(work);
-    const Tile tile = tile_of(p, work);
-    if (KEY_WARPS == 1) {
-        write_rows(p, tile, warp, base, o, softmax);
-    } else {
-        keep_part(warp, base, o, softmax);
+    u32 number = blockIdx.x;
+    attend(p, tile_of(p, number), warp, base, o, softmax);
+    recompute(number);
+    const Tile tile = tile_of(p, number);
+    const u32 work = number / PARTS;
+    float* const parts = PARTS > 1 ? p.parts + work * (PARTS * PART_FLOATS) : nullptr;
+    float* const part = PARTS > 1 ? parts + number % PARTS * PART_FLOATS : nullptr;
+    if (KEY_WARPS > 1) {
+        keep_sums(warp, base, o, softmax);
         __syncthreads();
-        add_parts(p, tile, base);
+        add_warps(p, tile, base, part);
+    } else if (PARTS > 1) {
+        write_part(p, tile, warp, o, softmax, part);
+    } else {
+        write_rows(p, tile, warp, base, o, softmax);
     }
+    if (PARTS > 1 && is_last(p.arrived + work)) add_parts(p, tile, parts);
 }

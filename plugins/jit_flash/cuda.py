@@ -25,6 +25,7 @@ from attnbench_plugins.jit_flash.cuda_config import (
     packed_heads,
     rounded,
     units,
+    workspace_bytes,
 )
 from attnbench_plugins.jit_flash.cuda_driver import Kernel, Launch, NoContext, capture_of, tensor_map
 from attnbench_plugins.jit_flash.cuda_workspace import Workspaces
@@ -96,6 +97,7 @@ class StridedParams(ctypes.Structure):
         ("all_groups", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("seqlen_q", "seqlen_k", "ahead", "behind")),
         ("scale_log2", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("arrived", "parts")),
     )
 
 
@@ -175,11 +177,13 @@ class JitFlashCuda(Backend):
         with torch.cuda.device(index):
             torch.cuda.synchronize()  # which gives this thread the device's context
             config = config or _chosen(problem, q, k, v)
-            make = _launch if isinstance(config, Config) else _launch_strided
-            launch = make(problem, config, q, k, v, out, lse)
+            if isinstance(config, Config):
+                launch = _launch(problem, config, q, k, v, out, lse)
+            else:
+                launch = _launch_strided(problem, config, q, k, v, out, lse)
         stream_of, current = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
         capturing = torch._C._cuda_isCurrentStreamCapturing
-        separate = isinstance(config, Config) and config.has_workspace
+        separate = config.has_workspace
 
         def attend(_owners: tuple[Tensor | None, ...] = (q, k, v, lse)) -> Tensor:
             try:
@@ -202,7 +206,8 @@ class JitFlashCuda(Backend):
         torch.cuda.synchronize()  # which gives this thread the device's context
         if torch.cuda.get_device_capability() != CAPABILITY:
             gpu = current_gpu()
-            return int(min(cuda_sm80.units(problem, cuda_sm80.choose(problem, gpu)), gpu.sms))
+            strided = cuda_sm80.choose(problem, gpu)
+            return int(min(cuda_sm80.units(problem, strided) * strided.parts, gpu.sms))
         sms = current_sms()
         config = choose(problem, sms)
         return int(min(units(problem, config) * config.parts, sms))
@@ -280,13 +285,17 @@ def _launch(
     else:
         grid = (min(launched, current_sms()) if config.persistent else launched, 1, 1)
     params.tiles_in_all = launched
-    workspaces = Workspaces(problem, config)
+    workspaces = Workspaces(*workspace_bytes(problem, config))
     # A graph needs them as long as it is replayed, and whoever replays it keeps the output, but maybe not the call.
     out.attnbench_workspaces = workspaces  # type: ignore[attr-defined]
 
     def arguments() -> Sequence[object]:
         own = Params.from_buffer_copy(params)
-        own.taken, own.launches, own.parts = workspaces.another()
+        counters, parts = workspaces.another()
+        if config.persistent:
+            own.taken = counters
+        else:
+            own.launches, own.parts = counters, parts
         return (*maps, own)
 
     return Launch(
@@ -302,26 +311,37 @@ def _launch(
 def _launch_strided(
     problem: Problem, config: cuda_sm80.Config, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
 ) -> Launch:
-    """Raises DriverError."""
+    """Raises DriverError, and ValueError where there are more blocks than a grid may have."""
     import torch
 
+    blocks = cuda_sm80.units(problem, config) * config.parts
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"{config}: {blocks} blocks are more than a grid may have")
     copy = cuda_sm80.copy_bytes(place for tensor in (q, k, v) for place in _places(tensor))
     shared_bytes = config.shared_bytes(problem.head_dim, problem.head_dim_v)
     path = strided_cubin(problem, config, copy, "sm_{}{}".format(*torch.cuda.get_device_capability()))
     params = strided_params(problem, config, q, k, v, out, lse)
+    workspaces = Workspaces(*cuda_sm80.workspace_bytes(problem, config))
+    out.attnbench_workspaces = workspaces  # type: ignore[attr-defined]  # as in _launch
+
+    def arguments() -> Sequence[object]:
+        own = StridedParams.from_buffer_copy(params)
+        own.arrived, own.parts = workspaces.another()
+        return (own,)
+
     return Launch(
         _kernel(path, "flash_attention", shared_bytes, q.device.index),
-        grid=(cuda_sm80.units(problem, config), 1, 1),
+        grid=(blocks, 1, 1),
         threads=config.threads,
         shared_bytes=shared_bytes,
-        arguments=lambda: (params,),
+        arguments=arguments,
     )
 
 
 def strided_params(
     problem: Problem, config: cuda_sm80.Config, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
 ) -> StridedParams:
-    """What flash_attention_sm80.cu is launched with."""
+    """What flash_attention_sm80.cu is launched with, but for where its blocks meet."""
     tensors = {name: Strided.of(tensor) for name, tensor in {"q": q, "k": k, "v": v}.items()}
     return StridedParams(**tensors, **_fields(problem, config.rows, out, lse))
 

@@ -102,6 +102,14 @@ def units(problem: Problem, config: Config) -> int:
     return problem.batch * (problem.heads_q // heads) * tiles * config.split_v
 
 
+def workspace_bytes(problem: Problem, config: Config) -> tuple[int, int]:
+    """Of counters and of parts; zeros where blocks neither meet nor count."""
+    if config.parts == 1:
+        return (8 if config.persistent else 0), 0
+    blocks = units(problem, config) * config.parts
+    return 4 * blocks, blocks * config.part_bytes(problem.head_dim_v)
+
+
 def configs(problem: Problem, sms: int) -> Iterator[Config]:
     """All that can run a problem and may be the fastest, on a device of so many SMs."""
     boxes = rounded(problem.head_dim_v) // 64

@@ -5,6 +5,7 @@ Knows no driver and no tensor, so that all of it runs where there is no GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ WARPS = 8
 """Of an SM, that hide each other's latencies, with up to 255 registers a thread."""
 RESERVED_BYTES = 1024
 """Of shared memory, that each block takes besides its own."""
+MAX_PARTS = 32
+"""Of a tile."""
+LEAST_KEY_BLOCKS = 2
+"""Of a part: with one, nothing is copied while something is multiplied."""
+STATE_BYTES = 8
+"""Of a part, what is known of a row beside its columns."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +48,28 @@ class Config:
     key_warps: int = 1
     stages: int = 1
     q_registers: bool = False
+    parts: int = 1
 
     @property
     def threads(self) -> int:
         """Of a block."""
         return 32 * self.row_warps * self.key_warps
 
+    @property
+    def has_workspace(self) -> bool:
+        """Whether blocks of a launch meet in memory."""
+        return self.parts > 1
+
+    def part_bytes(self, head_dim_v: int) -> int:
+        """Of what a block leaves for the last of its tile."""
+        return self.rows * (4 * rounded(head_dim_v) + STATE_BYTES)
+
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """What a block needs, as the kernel lays it out."""
         d, dv = rounded(head_dim), rounded(head_dim_v)
         read = self.rows * d * 2 + self.stages * self.keys * (d + dv) * 2
-        parts = self.key_warps * self.rows * (dv + 8) * 4
-        return max(read, parts if self.key_warps > 1 else self.rows * dv * 2)
+        sums = self.key_warps * self.rows * (dv + 8) * 4
+        return max(read, sums if self.key_warps > 1 else self.rows * dv * 2)
 
 
 def rounded(head_dim: int) -> int:
@@ -61,14 +78,22 @@ def rounded(head_dim: int) -> int:
 
 
 def units(problem: Problem, config: Config) -> int:
-    """Blocks that a launch has."""
+    """Tiles that a launch has, each of as many blocks as it has parts."""
     heads = packed_heads(problem, config.rows)
     tiles = -(-problem.seqlen_q // (config.rows // heads))
     return int(problem.batch * (problem.heads_q // heads) * tiles)
 
 
+def workspace_bytes(problem: Problem, config: Config) -> tuple[int, int]:
+    """Of counters and of parts; zeros where blocks do not meet."""
+    if config.parts == 1:
+        return 0, 0
+    tiles = units(problem, config)
+    return 4 * tiles, tiles * config.parts * config.part_bytes(problem.head_dim_v)
+
+
 def configs(problem: Problem, gpu: Gpu) -> Iterator[Config]:
-    """For each size of a tile, the largest first, what it does best in.
+    """For each size of a tile, the largest first, what it does best in, its keys not split between blocks.
 
     A warp of 32 rows reads each key from shared memory half as often as two of 16 rows, but has registers for 128
     columns of V alone. Tiles of fewer rows than 64 split a block's keys between warps.
@@ -93,21 +118,79 @@ def configs(problem: Problem, gpu: Gpu) -> Iterator[Config]:
 
 def _fills(config: Config, dims: tuple[int, int], gpu: Gpu) -> bool:
     """Whether an SM has room for as many of its warps as hide each other's latencies."""
-    blocks = gpu.sm_bytes // (config.shared_bytes(*dims) + RESERVED_BYTES)
-    return blocks * config.threads // 32 >= WARPS
+    return _blocks_an_sm(config, dims, gpu) * config.threads // 32 >= WARPS
+
+
+def _blocks_an_sm(config: Config, dims: tuple[int, int], gpu: Gpu) -> int:
+    """That its shared memory has room for."""
+    return gpu.sm_bytes // (config.shared_bytes(*dims) + RESERVED_BYTES)
 
 
 def choose(problem: Problem, gpu: Gpu) -> Config:
-    """The largest tiles of which there is one for each SM, else the smallest.
+    """The largest tiles of which there is one for each SM, else the smallest; or, where `predicted_cycles` are fewer,
+    tiles of any size whose keys are split between blocks.
 
     Of two sizes of which there are as many tiles, as one tile has all there is, the smaller.
     """
     found = list(configs(problem, gpu))
     counts = [units(problem, config) for config in found]
+    whole = found[-1]
     for config, count, after in zip(found, counts, [*counts[1:], None]):
         if count >= gpu.sms and count != after:
-            return config
-    return found[-1]
+            whole = config
+            break
+    every = (whole, *(split for config in reversed(found) for split in _splits(problem, config, gpu)))
+    return min(every, key=lambda config: predicted_cycles(problem, config, gpu))
+
+
+def _splits(problem: Problem, config: Config, gpu: Gpu) -> Iterator[Config]:
+    """All numbers of parts whose blocks, of all tiles, run at once, two on an SM at most, and have keys enough."""
+    room = gpu.sms * min(
+        2, _blocks_an_sm(config, (problem.head_dim, problem.head_dim_v), gpu), WARPS * 32 // config.threads
+    )
+    most = min(MAX_PARTS, room // units(problem, config), _key_blocks(problem, config) // LEAST_KEY_BLOCKS)
+    for parts in range(2, most + 1):
+        yield dataclasses.replace(config, parts=parts)
+
+
+MULTIPLY_ADDS_A_CYCLE = 870.0
+"""Of an SM: 391 TFLOP/s on an H100, of 4 × 16 heads of 4096 and 128 columns."""
+LATENCY_CYCLES = 700.0
+"""What a key block takes a block of threads besides its products: one head of 128 queries and 8192 keys, in tiles of 16
+rows, took an H100 73 µs, 1000 cycles a key block."""
+LOAD_BYTES_A_CYCLE = 32.0
+"""Of an SM, where all read from L2: guessed from the 5.6 TB/s of an H100 (25 bytes) and what an A100 has (47)."""
+MEET_CYCLES, PART_BYTES_A_CYCLE = 3500.0, 64.0
+"""For adding up parts, both guessed: 2 µs to write, to count and to wait for the first; what one SM reads of them."""
+
+
+def predicted_cycles(problem: Problem, config: Config, gpu: Gpu) -> float:
+    """What the key blocks take the SM that has the most of them, and adding up a tile's parts after that.
+
+    Made to weigh splits, and only that. A block waits for each of its key blocks (`LATENCY_CYCLES`), blocks of one SM
+    wait side by side, and its tensor cores and what it reads are shared by them.
+    """
+    dims = problem.head_dim + problem.head_dim_v
+    blocks = -(-_key_blocks(problem, config) // config.parts)  # of a part
+    on_an_sm = -(-units(problem, config) * config.parts // gpu.sms)
+    products = config.rows * config.keys * dims / MULTIPLY_ADDS_A_CYCLE
+    load = config.keys * dims * 2 / LOAD_BYTES_A_CYCLE
+    cycles = blocks * max(LATENCY_CYCLES + products, on_an_sm * max(products, load))
+    if config.parts > 1:
+        heads = packed_heads(problem, config.rows)
+        rows = min(config.rows // heads, problem.seqlen_q) * heads  # that hold a query
+        row_bytes = config.part_bytes(problem.head_dim_v) / config.rows
+        cycles += MEET_CYCLES + config.parts * rows * row_bytes / PART_BYTES_A_CYCLE
+    return cycles
+
+
+def _key_blocks(problem: Problem, config: Config) -> int:
+    """That the tile with the most of them sees."""
+    seen = problem.seqlen_k
+    if problem.window is not None:
+        queries = config.rows // packed_heads(problem, config.rows)
+        seen = min(seen, queries - 1 + problem.window * (1 if problem.causal else 2))
+    return -(-seen // config.keys)
 
 
 def copy_bytes(places: Iterable[int]) -> int:
@@ -129,6 +212,7 @@ def macros(problem: Problem, config: Config, copy: int) -> dict[str, int]:
         "KEY_WARPS": config.key_warps,
         "STAGES": config.stages,
         "Q_REGISTERS": int(config.q_registers),
+        "PARTS": config.parts,
         "PACK": packed_heads(problem, config.rows),
         "COPY": copy,
     }

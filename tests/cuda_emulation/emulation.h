@@ -5,9 +5,12 @@
 //     holds NaN;
 //   - shared memory that two warps touch without a barrier between them, one of them writing;
 //   - addresses that are not aligned, outside shared memory, or outside the tensors;
+//   - parts of a tile that are counted before they are there for other blocks, or written later, or read by a block that
+//     has not counted before, with a fence after it;
 //   - ldmatrix with bank conflicts;
 //   - lanes that meet at different operations, threads that do not all come to a barrier.
-// Shared memory holds NaN when a block starts. Products are summed up in fp32, in the order of the depth.
+// Blocks run one after the other, in any order that is asked for. Shared memory holds NaN when a block starts. Products
+// are summed up in fp32, in the order of the depth.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -28,6 +31,9 @@
 #define __launch_bounds__(threads)
 #define __align__(bytes)
 
+struct uint2 {
+    u32 x, y;
+};
 struct uint4 {
     u32 x, y, z, w;
 };
@@ -48,6 +54,8 @@ namespace emulated {
 constexpr int WARPS = THREADS / 32;
 constexpr size_t STACK = 256 << 10;
 
+constexpr int NEVER = -1;
+
 enum State { RUNS, AT_WARP, AT_BLOCK, DONE };
 
 struct Copy {
@@ -67,6 +75,8 @@ struct Thread {
     void* arguments;        // of it
     std::vector<Copy> copies;
     int groups;
+    int stored;  // to a part, after which barrier, where no fence has followed that other blocks heed; else NEVER
+    bool votes;
 };
 
 // Who last wrote a word of shared memory and who has read it, between which barriers.
@@ -85,8 +95,10 @@ Touched touched[MOST_SHARED / 4];
 jmp_buf scheduler;
 const Params* params;
 int current, epoch, conflicts;
+bool vote;                      // whether a thread voted for it at the last barrier
+int counted_by, counted_fence;  // the thread that has counted the block's part, and after which barrier its fence was
 u32 shared_bytes;
-std::vector<Range> readable, writable;
+std::vector<Range> readable, writable, met;
 std::string fault;
 
 void report(const char* what, long long where = -1) {
@@ -186,6 +198,7 @@ void run_block(void) {
     for (int i = 0; i < THREADS; ++i) {
         Thread& thread = threads[i];
         thread.started = false, thread.state = RUNS, thread.copies.clear(), thread.groups = 0;
+        thread.stored = NEVER, thread.votes = false;
         getcontext(&thread.start);
         thread.start.uc_stack.ss_sp = &stacks[i * STACK];
         thread.start.uc_stack.ss_size = STACK;
@@ -194,7 +207,7 @@ void run_block(void) {
     }
     memset(memory, 0xFF, shared_bytes);
     std::fill(touched, touched + shared_bytes / 4, Touched{-1, -1, -1, 0});
-    epoch = 0;
+    epoch = 0, counted_by = counted_fence = NEVER;
     while (fault.empty()) {
         for (int warp = 0; warp < WARPS; ++warp) {
             for (bool runs = true; runs;) {
@@ -205,7 +218,9 @@ void run_block(void) {
             }
         }
         int done = 0, waiting = 0;
+        vote = false;
         for (Thread& thread : threads) {
+            vote |= thread.votes, thread.votes = false;
             done += thread.state == DONE, waiting += thread.state == AT_BLOCK;
             if (thread.state == AT_BLOCK) thread.state = RUNS;
         }
@@ -256,6 +271,13 @@ void store(void* target, const void* source, u32 bytes) {
         return report("global memory: a store to no output, or not aligned");
     }
     memcpy(target, source, bytes);
+}
+
+float* part_at(const float* address, u32 bytes) {
+    static float nowhere[4];
+    if (inside(met, address, bytes) && uintptr_t(address) % bytes == 0) return const_cast<float*>(address);
+    report("global memory: no part's address, or not aligned");
+    return nowhere;
 }
 
 // A quarter of a warp's 16-byte rows lie in eight different groups of four banks.
@@ -331,7 +353,50 @@ void copy_wait() {
 
 inline u32 load_element(const u16* source) { return *emulated::readable_at(source, 2); }
 inline void store_global(void* target, uint4 value) { emulated::store(target, &value, 16); }
+inline void store_global(void* target, uint2 value) { emulated::store(target, &value, 8); }
 inline void store_global(float* target, float value) { emulated::store(target, &value, 4); }
+
+template <int N>
+void store_part(float* target, const float (&x)[N]) {
+    using namespace emulated;
+    if (counted_by != NEVER) report("a part is written after it was counted");
+    threads[current].stored = epoch;
+    memcpy(part_at(target, 4 * N), x, 4 * N);
+}
+
+template <int N>
+void load_part(float (&x)[N], const float* source) {
+    using namespace emulated;
+    if (counted_fence == NEVER || (counted_by != current && counted_fence == epoch)) {
+        report("a part is read that may not be there");
+    }
+    memcpy(x, part_at(source, 4 * N), 4 * N);
+}
+
+// What other threads have written before the last barrier is behind this thread's fence too.
+inline void __threadfence() {
+    using namespace emulated;
+    for (int i = 0; i < THREADS; ++i) {
+        if (i == current || threads[i].stored < epoch) threads[i].stored = NEVER;
+    }
+    if (counted_by == current) counted_fence = epoch;
+}
+
+inline u32 atomicInc(u32* counter, u32 most) {
+    using namespace emulated;
+    if (!inside(met, counter, 4) || uintptr_t(counter) % 4) {
+        report("global memory: no counter's address, or not aligned");
+        return 0;
+    }
+    for (const Thread& thread : threads) {
+        if (thread.stored != NEVER) report("a part is counted that may not be there");
+    }
+    counted_by = current;
+    const u32 before = *counter;
+    *counter = before >= most ? 0 : before + 1;
+    return before;
+}
+
 inline void store_shared(u32 target, u32 value) { memcpy(emulated::touch(target, 4, true), &value, 4); }
 inline void store_shared(u32 target, uint4 value) { memcpy(emulated::touch(target, 16, true), &value, 16); }
 
@@ -399,6 +464,12 @@ inline void __syncthreads() {
     emulated::yield();
 }
 
+inline bool __syncthreads_or(bool value) {
+    emulated::threads[emulated::current].votes = value;
+    __syncthreads();
+    return emulated::vote;
+}
+
 inline void __syncwarp() {
     int nothing = 0;
     emulated::warp_wide("syncwarp", nothing, [](int**) {});
@@ -434,18 +505,20 @@ void emulated::run_thread() {
     _longjmp(scheduler, 1);
 }
 
-// Runs the grid and gives the first fault's words, or an empty string; `ranges` are first and last address of `reads`
-// tensors that are read, and of `writes` that are written.
-extern "C" const char* emulate(const Params* given, u32 blocks, u32 shared, int reads, int writes, const char** ranges,
-                               int* bank_conflicts) {
+// Runs the blocks of this `order` and gives the first fault's words, or an empty string; `ranges` are first and last
+// address of `reads` tensors that are read, of `writes` that are written, and of `meets` where blocks meet.
+extern "C" const char* emulate(const Params* given, u32 blocks, const u32* order, u32 shared, int reads, int writes,
+                               int meets, const char** ranges, int* bank_conflicts) {
     using namespace emulated;
-    params = given, shared_bytes = shared, conflicts = 0, fault.clear(), readable.clear(), writable.clear();
+    params = given, shared_bytes = shared, conflicts = 0, fault.clear();
+    readable.clear(), writable.clear(), met.clear();
     if (shared > MOST_SHARED) return "more shared memory than there is";
     stacks.resize(THREADS * STACK);
-    for (int i = 0; i < reads + writes; ++i) {
-        (i < reads ? readable : writable).push_back({ranges[2 * i], ranges[2 * i + 1]});
+    for (int i = 0; i < reads + writes + meets; ++i) {
+        auto& of = i < reads ? readable : i < reads + writes ? writable : met;
+        of.push_back({ranges[2 * i], ranges[2 * i + 1]});
     }
-    for (blockIdx.x = 0; blockIdx.x < blocks && fault.empty(); ++blockIdx.x) run_block();
+    for (u32 i = 0; i < blocks && fault.empty(); ++i) blockIdx.x = order[i], run_block();
     *bank_conflicts = conflicts;
     return fault.c_str();
 }
