@@ -304,7 +304,7 @@ class FakeDriver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     fake = FakeDriver()
-    monkeypatch.setattr(cuda_driver, "_driver", lambda: fake)
+    monkeypatch.setattr(cuda_driver, "_driver", lambda **_: fake)
     monkeypatch.setattr(cuda, "cubin", lambda case, config: Path(__file__))
     monkeypatch.setattr(cuda, "strided_cubin", lambda case, config, copy, arch: fake.asked(copy, arch))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
@@ -483,6 +483,24 @@ def test_threads_that_launch_on_new_streams_at_once_get_workspaces_of_their_own(
 def test_where_blocks_do_not_meet_no_memory_is_taken(driver: FakeDriver) -> None:
     assert Workspaces(*cuda_config.workspace_bytes(problem(64, 4096), Config(64, 64, 4))).another() == (None, None)
     assert driver.memory == []
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_memory_that_torch_keeps_for_later_is_asked_for(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, captured: bool
+) -> None:
+    kept = [True]
+    take = FakeDriver._cuMemAlloc_v2
+    monkeypatch.setattr(
+        FakeDriver, "_cuMemAlloc_v2", lambda self, address, size: 2 if kept else take(self, address, size)
+    )
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    if captured:  # giving it back would break the capture
+        with pytest.raises(cuda_driver.OutOfMemory, match=r"^cuMemAlloc_v2: invalid argument$"):
+            Workspaces(16, 64)
+    else:
+        assert Workspaces(16, 64).another() == (address := ctypes.addressof(driver.memory[0]), address + 16)
 
 
 def test_memory_that_is_not_there_is_the_drivers_error_and_captures_go_on(driver: FakeDriver) -> None:

@@ -243,6 +243,23 @@ def extremes():
 
 
 @part
+def infinities():
+    """In V, also where parts do not divide evenly among those that add them up."""
+    found = []
+    case = problem(1, 2400)
+    uneven = [cuda_sm80.Config(16, 64, 1, 4, 2, parts=7)] if STRIDED else [Config(64, 64, 4, n) for n in (9, 19)]
+    for config in uneven:
+        q, k, v = inputs(case)
+        for key in range(0, 2400, 130):
+            one = v.clone()
+            one[0, 0, key, 0] = math.inf
+            out = prepared(case, q, k, one, config=config)()
+            if not (out[..., 0].isposinf() and out[..., 1:].isfinite().all()):
+                found.append(f"{config}, key {key}: {out[..., :2]}")
+    return found
+
+
+@part
 def bits():
     """Ten runs of the same give the same bits, split or not."""
     found = []
@@ -502,6 +519,7 @@ PARTS = (
         "tiles_in_turn",
         "layouts",
         "extremes",
+        "infinities",
         "bits",
     ),
     "streams",

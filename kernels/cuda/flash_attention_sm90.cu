@@ -26,7 +26,8 @@
 // they do. As blocks wait for each other, all must run at once, in a cooperative launch.
 //
 // A part is made of pieces: 16 columns of 8 rows, 32 lanes × 4 floats, the last of them without its last 8 bits, which are the
-// launch's. Piece j + DV/16 · half has columns 16j … 16j + 15 of rows 8 · half … 8 · half + 7.
+// launch's. Those are enough, as every launch writes all that is read: what is stale is always of the launch before. Piece
+// j + DV/16 · half has columns 16j … 16j + 15 of rows 8 · half … 8 · half + 7.
 //
 // Shared memory, from a base aligned to 1024 bytes (128-byte swizzle, as TMA writes it and wgmma reads it):
 //
@@ -1170,7 +1171,9 @@ __device__ __forceinline__ void add_parts(const Params& p, const Tile& tile, con
                     others[i] = make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z),
                                             __uint_as_float(x.w & 0xFFFFFF00u));
                     state[i] = make_float2(__uint_as_float(y.x), __uint_as_float(y.y));
-                    if (begin + i >= to) state[i] = make_float2(MINUS_INFINITY, 0);  // another helper's
+                    if (begin + i >= to) {  // another helper's; not even with a weight of zero, as it may be infinite
+                        others[i] = make_float4(0, 0, 0, 0), state[i] = make_float2(MINUS_INFINITY, 0);
+                    }
                 }
                 sums[j].add(others, state);
             }

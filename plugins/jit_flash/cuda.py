@@ -152,11 +152,12 @@ class JitFlashCuda(Backend):
     ) -> Callable[[], Tensor]:
         """Compile a kernel, encode tensor maps where it takes such, allocate the output.
 
-        The output is contiguous and the same tensor at each call, which launches on the current stream. A contiguous
-        `lse` of (batch, heads_q, seqlen_q) in fp32 gets log Σ exp(softmax_scale · q · k) of each query, and -inf where
-        it sees no key. `config`, whose class says which kernel, is the fastest by a model unless given. Raises
-        ValueError where a tensor is not what the problem says or not laid out as a given configuration's kernel wants
-        it, CompileError and DriverError.
+        The output is contiguous and the same tensor at each call, which launches on the current stream. A graph that
+        has recorded a call may be replayed as long as the call or this tensor is kept, and not just a view of it. A
+        contiguous `lse` of (batch, heads_q, seqlen_q) in fp32 gets log Σ exp(softmax_scale · q · k) of each query, and
+        -inf where it sees no key. `config`, whose class says which kernel, is the fastest by a model unless given.
+        Raises ValueError where a tensor is not what the problem says or not laid out as a given configuration's kernel
+        wants it, CompileError and DriverError.
         """
         import torch
 

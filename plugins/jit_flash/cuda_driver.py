@@ -21,7 +21,7 @@ _MAX_DYNAMIC_SHARED_BYTES = 8
 _COOPERATIVE = 2
 _FLOAT16, _BFLOAT16 = 6, 9
 _SWIZZLE_128B = 3
-_NO_CONTEXT = 201
+_OUT_OF_MEMORY, _NO_CONTEXT = 2, 201
 _CAPTURING, _CAPTURE_RELAXED = 1, 2
 _NON_BLOCKING = 1
 _L2_PROMOTION_256B = 3
@@ -35,6 +35,10 @@ class DriverError(AttnbenchError):
 
 class NoContext(DriverError):
     """A call from a thread that has had no device yet."""
+
+
+class OutOfMemory(DriverError):
+    """A device that has no more memory to give."""
 
 
 class TensorMap(ctypes.Structure):
@@ -65,9 +69,8 @@ class _LaunchConfig(ctypes.Structure):
 
 
 @lru_cache
-def _driver() -> Any:
-    # PyDLL keeps the GIL, since giving it up and getting it back costs more than a launch takes.
-    return ctypes.PyDLL("libcuda.so.1")
+def _driver(*, keeps_gil: bool = False) -> Any:
+    return (ctypes.PyDLL if keeps_gil else ctypes.CDLL)("libcuda.so.1")
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -78,6 +81,8 @@ def _call(name: str, *arguments: Any) -> None:
 def _error(name: str, status: int) -> DriverError:
     if status == _NO_CONTEXT:
         return NoContext(f"{name}: this thread has no device")
+    if status == _OUT_OF_MEMORY:
+        return OutOfMemory(f"{name}: {_words(status)}")
     return DriverError(f"{name}: {_words(status)}")
 
 
@@ -148,12 +153,13 @@ def _while_captured() -> Iterator[None]:
 
 
 def _free(context: ctypes.c_void_p, address: ctypes.c_void_p) -> None:
-    with contextlib.suppress(DriverError), _while_captured():  # of a context that is gone
+    with contextlib.suppress(DriverError):  # of a context that is gone
         _call("cuCtxPushCurrent_v2", context)
         try:
-            _call("cuMemFree_v2", address)  # waits for what uses it
+            with _while_captured():
+                _call("cuMemFree_v2", address)  # waits for what uses it
         finally:
-            _call("cuCtxPopCurrent_v2", ctypes.byref(context))
+            _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
 
 class Launch:
@@ -183,7 +189,8 @@ class Launch:
             attributes=self._attributes,
             attribute_count=len(attributes),
         )
-        self._launch = _driver().cuLaunchKernelEx
+        # Giving up the GIL and getting it back costs more than a launch takes.
+        self._launch = _driver(keeps_gil=True).cuLaunchKernelEx
         self._ready: dict[tuple[int, int] | int, tuple[Any, ...]] = {}
         """What is launched on each stream: one that is changed before each launch is no good to two threads."""
 

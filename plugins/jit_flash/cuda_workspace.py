@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from attnbench_plugins.jit_flash.cuda_driver import Memory
+from attnbench_plugins.jit_flash.cuda_driver import Memory, OutOfMemory
 
 
 class Workspaces:
@@ -14,7 +14,7 @@ class Workspaces:
         """Takes the first one on the current context's device, unless there are no counters. Raises DriverError."""
         self._parts = 16 * -(-counter_bytes // 16)  # where they begin
         self._bytes = self._parts + part_bytes
-        self._spare = [Memory(self._bytes)] if counter_bytes else []
+        self._spare = [_memory(self._bytes)] if counter_bytes else []
         self._taken: list[Memory] = []
         self._lock = threading.Lock()  # two threads may launch on new streams at once
 
@@ -26,6 +26,19 @@ class Workspaces:
         with self._lock:
             if not (self._spare or self._taken):
                 return None, None
-            memory = self._spare.pop() if self._spare else Memory(self._bytes)
+            memory = self._spare.pop() if self._spare else _memory(self._bytes)
             self._taken.append(memory)
         return memory.address, memory.address + self._parts
+
+
+def _memory(size: int) -> Memory:
+    """Raises DriverError."""
+    import torch
+
+    try:
+        return Memory(size)
+    except OutOfMemory:
+        if torch.cuda.is_current_stream_capturing():
+            raise
+        torch.cuda.empty_cache()  # what torch keeps for later the driver cannot give
+        return Memory(size)
