@@ -279,12 +279,13 @@ def _launch(
     if shared_bytes is None:
         raise ValueError(f"{config} takes more shared memory than there is")
     launched = units(problem, config)
-    if config.parts > 1 and launched * config.parts > current_sms():  # they would wait for those that cannot start
-        raise ValueError(f"{config}: {launched} tiles of {config.parts} parts are more than the {current_sms()} SMs")
+    sms = current_sms()
+    if config.parts > 1 and launched * config.parts > sms:  # they would wait for those that cannot start
+        raise ValueError(f"{config}: {launched} tiles of {config.parts} parts are more than the {sms} SMs")
     if config.parts > 1:  # the kernel finds its tile by the grid
         grid = (launched * config.parts // (problem.batch * groups), groups, problem.batch)
     else:
-        grid = (min(launched, current_sms()) if config.persistent else launched, 1, 1)
+        grid = (min(launched, sms) if config.persistent else launched, 1, 1)
     params.tiles_in_all = launched
     workspaces = Workspaces(*workspace_bytes(problem, config))
     # A graph needs them as long as it is replayed, and whoever replays it keeps the output, but maybe not the call.

@@ -156,9 +156,8 @@ def _long_blocks(problem: Problem, split_v: int, *, masked: bool) -> int:
 
 def _numbers_of_parts(blocks: int, most: int) -> Sequence[int]:
     """Of a tile with so many key blocks, `most` at most: the least of those whose largest parts are as large."""
-    return sorted(
-        {-(-blocks // size) for size in range(1, blocks + 1) if -(-blocks // size) <= min(most, MAX_PARTS)} | {1}
-    )
+    largest = {-(-blocks // parts) for parts in range(1, min(blocks, most, MAX_PARTS) + 1)}
+    return sorted({1} | {-(-blocks // size) for size in largest})
 
 
 def choose(problem: Problem, sms: int) -> Config:

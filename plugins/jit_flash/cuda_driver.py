@@ -1,5 +1,4 @@
-"""Owns the calls of NVIDIA's driver that launching a kernel takes: modules, memory, tensor maps,
-launches.
+"""Owns the calls of NVIDIA's driver that launching a kernel takes: modules, memory, tensor maps, launches.
 
 Through ctypes, as the driver is there wherever torch sees a GPU, and a package of bindings may not be. Knows no kernel.
 """
