@@ -225,27 +225,34 @@ def test_configurations_of_the_cuda_kernel_are_chosen_by_a_model_that_meets_what
     done = subprocess.run([sys.executable, FOLDER / "cuda_configs.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = _cells(done.stdout)
-    assert len(rows) == 2 + 35 + 2 + 2
-    assert [row[-1] for row in rows[-2:]] == ["ok", "ok"]
+    assert len(rows) == (2 + 60 + 2 + 2) + (2 + 30 + 2 + 2)
+    for last in (66, 102):
+        assert [row[-1] for row in rows[last - 2 : last]] == ["ok", "ok"]
 
 
-def test_a_model_that_misses_what_was_measured_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["sm90", "sm80"])
+def test_a_model_that_misses_what_was_measured_is_told_of(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(FOLDER)
     import cuda_configs
 
-    times = {case: {config: us * 1.2 for config, us in found.items()} for case, found in _measured().items()}
-    choices, both = cuda_configs.tables(times, cuda_configs.H100_SMS)
+    kernel = cuda_configs.kernels()[name]
+    measured = cuda_configs.read(kernel, kernel.data)
+    times = {case: {config: us * 1.3 for config, us in found.items()} for case, found in measured.items()}
+    choices, both = cuda_configs.tables(kernel, times)
     assert [row[-1] for row in both.rows] == ["MISSED", "ok"]
-    slow = {case: {config: us * config.keys for config, us in found.items()} for case, found in _measured().items()}
-    choices, _ = cuda_configs.tables(slow, cuda_configs.H100_SMS)
+    slow = {case: {each: us * each.keys * each.parts for each, us in of.items()} for case, of in measured.items()}
+    choices, _ = cuda_configs.tables(kernel, slow)
     assert choices.missed > 0
     cuda_configs.write(tmp_path / "times.csv", ((case, *pair) for case in times for pair in times[case].items()))
-    assert cuda_configs.read(tmp_path / "times.csv") == {
+    assert cuda_configs.read(kernel, tmp_path / "times.csv") == {
         case: {config: pytest.approx(us, abs=1e-3) for config, us in found.items()} for case, found in times.items()
     }
 
 
-def _measured():
-    import cuda_configs
-
-    return cuda_configs.read(cuda_configs.DATA)
+def test_timing_configurations_needs_to_know_of_which_kernel(tmp_path: Path) -> None:
+    words = [sys.executable, FOLDER / "cuda_configs.py", "--time", tmp_path / "times.csv"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--time needs --kernel" in done.stderr

@@ -72,6 +72,15 @@ def test_a_configuration_is_chosen_that_a_block_has_room_for(case: Problem) -> N
     assert math.isfinite(predicted_us(case, config, H100))
 
 
+def test_what_no_window_shows_is_not_read() -> None:
+    """4096 of 32768 keys fit into L2, all of them do not."""
+    case = problem(1, 32768, heads_q=32, heads_kv=8, causal=True)
+    window = dataclasses.replace(case, window=4096)
+    keys = 8 * 4096 * 256 * 2
+    assert (cuda_config._read_bytes(case), cuda_config._read_bytes(window)) == (8 * keys, keys)
+    assert keys < cuda_config.L2_BYTES < 8 * keys
+
+
 def test_keys_are_split_over_all_sms_where_they_are_worth_it() -> None:
     for case in (problem(2048, 8192), problem(512, 8192), problem(1, 131_072, heads_q=32, heads_kv=8)):
         config = choose(case, H100)
@@ -120,7 +129,7 @@ def test_many_heads_that_are_large_have_whole_tiles_too() -> None:
 
 def test_what_a_tile_sees_is_looked_at_in_few_of_many_tiles() -> None:
     case = problem(1 << 20, 1 << 20, causal=True)
-    found = cuda_config._key_blocks(case, Config(128, 128, 2))
+    found = cuda_config.key_blocks(case, 128, 128)
     assert len(found) <= cuda_config.MOST_TILES
     assert max(found) == (1 << 20) // 128  # of the last
 
@@ -158,15 +167,16 @@ def test_without_tma_too_a_configuration_is_chosen_that_a_block_has_room_for(cas
     ("case", "gpu", "rows"),
     [
         (problem(4096, 4096, heads_q=16), "A100", 128),
-        (problem(1024, 1024, heads_q=13), "A100", 64),  # 104 tiles of 128 rows for 108 SMs
+        (problem(1024, 1024, heads_q=13), "A100", 128),  # 104 tiles for 108 SMs
         (problem(128, 64), "A100", 16),  # of which keys cannot be split
-        (problem(2048, 64), "A100", 16),
-        (problem(2048, 8192, causal=True, window=100), "A100", 16),
+        (problem(2048, 64), "A100", 32),  # 64 tiles, where 16 rows would be 128 for 108 SMs
+        (problem(2048, 64), "H100", 16),
+        (problem(2048, 8192, causal=True, window=100), "H100", 16),
         (problem(1, 4096, batch=64, heads_q=32, heads_kv=8), "A100", 16),  # no tile has more than 4 rows
         (problem(1, 4096, batch=128, heads_q=64, heads_kv=1), "A100", 64),  # all heads of a batch element
     ],
 )
-def test_tiles_are_large_where_every_sm_has_one(case: Problem, gpu: str, rows: int) -> None:
+def test_without_tma_too_tiles_are_as_large_as_keeps_all_sms_busy(case: Problem, gpu: str, rows: int) -> None:
     config = cuda_sm80.choose(case, GPUS[gpu])
     assert (config.rows, config.parts) == (rows, 1)
 
@@ -175,32 +185,48 @@ def test_tiles_are_large_where_every_sm_has_one(case: Problem, gpu: str, rows: i
 @pytest.mark.parametrize(
     ("case", "rows"),
     [
-        (problem(128, 8192), 16),
-        (problem(2048, 8192), 64),  # which read keys from L2 a quarter as often as 16
-        (problem(2048, 8192, causal=True), 64),
-        (problem(1, 131072, heads_q=32, heads_kv=8), 16),
-        (problem(1, 4096, batch=32, heads_q=128, heads_kv=1), 64),
+        (problem(128, 8192), {16}),
+        (problem(2048, 8192), {64, 128}),  # which read keys from L2 a quarter as often as 16, and less
+        (problem(2048, 8192, causal=True), {64}),
+        (problem(1, 131072, heads_q=32, heads_kv=8), {16}),
+        (problem(1, 4096, batch=32, heads_q=128, heads_kv=1), {64, 128}),
     ],
 )
-def test_without_tma_too_keys_are_split_where_sms_have_no_tile(case: Problem, rows: int, gpu: Gpu) -> None:
+def test_without_tma_too_keys_are_split_where_sms_have_no_tile(case: Problem, rows: set[int], gpu: Gpu) -> None:
     config = cuda_sm80.choose(case, gpu)
-    assert config.rows == rows
+    assert config.rows in rows
     assert config.parts > 1
     assert 0.75 * gpu.sms <= cuda_sm80.units(case, config) * config.parts <= 2 * gpu.sms
     whole = dataclasses.replace(config, parts=1)
-    assert cuda_sm80.predicted_cycles(case, config, gpu) < cuda_sm80.predicted_cycles(case, whole, gpu)
+    assert cuda_sm80.predicted_us(case, config, gpu) < cuda_sm80.predicted_us(case, whole, gpu)
 
 
 def test_what_a_split_is_expected_to_cost() -> None:
-    """Of 128 key blocks in tiles of 16 rows: as many waits for 1024 cycles, or 8 of them and 16 parts to add up."""
+    """Of 128 key blocks in tiles of 16 rows: each takes an SM 800 cycles and 16 × 64 × 256 products; or 8 of them, and
+    16 parts to add up."""
     case, gpu = problem(128, 8192), GPUS["H100"]
     whole = cuda_sm80.Config(16, 64, 1, 4, stages=2)
-    assert cuda_sm80.predicted_cycles(case, whole, gpu) == 128 * 1024
     split = dataclasses.replace(whole, parts=16)
-    assert cuda_sm80.predicted_cycles(case, split, gpu) == 8 * 1024 + 3500 + 16 * 16 * (128 * 4 + 8) / 64
+
+    def cycles(case: Problem, config: cuda_sm80.Config) -> float:
+        return (cuda_sm80.predicted_us(case, config, gpu) - 2.6) * 1755
+
+    block, bytes_a_row = 800 + 16 * 64 * 256 / 1010, 128 * 4 + 8
+    assert cycles(case, whole) == pytest.approx(128 * block)
+    assert cycles(case, split) == pytest.approx(8 * block + 1240 + 16 * 16 * bytes_a_row / 27)
     one_query = dataclasses.replace(case, seqlen_q=1)
-    added = 16 * (128 * 4 + 8) / 64  # of one row
-    assert cuda_sm80.predicted_cycles(one_query, split, gpu) == 8 * 1024 + 3500 + added
+    assert cycles(one_query, split) == pytest.approx(8 * block + 1240 + 16 * bytes_a_row / 27)
+
+
+def test_what_a_warp_reads_counts_where_it_is_alone() -> None:
+    """64 keys of 256 columns take a warp 0.178 cycles each, more than 64 rows take the tensor cores; with two blocks on
+    an SM, what both multiply is more."""
+    gpu = GPUS["H100"]
+    config = cuda_sm80.Config(64, 64, 4, stages=2, q_registers=True)
+    alone = cuda_sm80.predicted_us(problem(64 * 132, 64), config, gpu)
+    assert (alone - 2.6) * 1755 == pytest.approx(64 * 256 * 0.178)
+    both = cuda_sm80.predicted_us(problem(64 * 264, 64), config, gpu)
+    assert (both - 2.6) * 1755 == pytest.approx(2 * (800 + 64 * 64 * 256 / 1010))
 
 
 def test_two_blocks_run_on_an_sm_where_they_can() -> None:

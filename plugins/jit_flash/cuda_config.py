@@ -6,6 +6,7 @@ Knows no driver and no tensor, so that all of it runs where there is no GPU.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
@@ -185,6 +186,8 @@ SOFTMAX_CYCLES_A_KEY = 1.59
 """Of 64 rows."""
 BLOCK_CYCLES, MERGE_CYCLES = 722.0, 115.0
 """What a key block takes besides, and two consumers of the same rows at the end."""
+WIDE_CYCLES = 250.0
+"""How much less a key block takes besides for every 64 columns of V after 128, whose products hide it."""
 CYCLES_A_PART, PART_BYTES_A_CYCLE = 37.1, 10.6
 """For adding up parts: for each, and for what a block writes and reads of them."""
 TILE_CYCLES = 662.0
@@ -199,7 +202,7 @@ def predicted_us(problem: Problem, config: Config, sms: int) -> float:
     launched, at_once = units(problem, config), sms // config.parts
     if config.parts > 1 and launched > at_once:
         return float("inf")
-    tile_blocks = _key_blocks(problem, config)
+    tile_blocks = key_blocks(problem, config.rows, config.keys)
     waves, mean_blocks = max(1.0, launched / at_once), statistics.fmean(tile_blocks)
     if min(tile_blocks) == max(tile_blocks):
         waves = math.ceil(waves)
@@ -211,7 +214,8 @@ def predicted_us(problem: Problem, config: Config, sms: int) -> float:
     multiply_rate = GUESSED_MULTIPLY_ADDS_A_CYCLE if guessed else MULTIPLY_ADDS_A_CYCLE
     products = 64 * config.keys * (d + dv) / multiply_rate
     # A consumer's softmax waits for its products, and not for those of another.
-    compute = max(consumers * products, products + SOFTMAX_CYCLES_A_KEY * config.keys + BLOCK_CYCLES)
+    besides = BLOCK_CYCLES - WIDE_CYCLES * max(0, dv // 64 - 2)
+    compute = max(consumers * products, products + SOFTMAX_CYCLES_A_KEY * config.keys + besides)
     rate = min(LOAD_BYTES_A_CYCLE, L2_BYTES_A_CYCLE / running)
     if _read_bytes(problem) > L2_BYTES:  # once, and then by the other tiles of a key head from L2
         readers = launched / (problem.batch * problem.heads_kv)
@@ -227,18 +231,20 @@ def predicted_us(problem: Problem, config: Config, sms: int) -> float:
 
 
 def _read_bytes(problem: Problem) -> int:
-    """Of keys and values."""
-    return problem.batch * problem.heads_kv * problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2
+    """Of the keys and values that any query sees."""
+    (low, _), (_, high) = problem.key_range(0), problem.key_range(problem.seqlen_q - 1)
+    return problem.batch * problem.heads_kv * (high - low) * (problem.head_dim + problem.head_dim_v) * 2
 
 
-def _key_blocks(problem: Problem, config: Config) -> Sequence[int]:
-    """That tiles see, at least one each: of all tiles of a head, or of MOST_TILES of them."""
-    queries = config.rows // packed_heads(problem, config.rows)
+@functools.lru_cache(maxsize=64)
+def key_blocks(problem: Problem, rows: int, keys: int) -> Sequence[int]:
+    """That tiles of so many rows see, at least one each: of all tiles of a head, or of MOST_TILES of them."""
+    queries = rows // packed_heads(problem, rows)
     tiles = -(-problem.seqlen_q // queries)
     found = []
     for tile in range(0, tiles, -(-tiles // MOST_TILES)):
         first = tiles - 1 - tile  # of those that are left out, none is the one that sees the most
         last = min((first + 1) * queries, problem.seqlen_q) - 1
         (low, _), (_, high) = problem.key_range(first * queries), problem.key_range(last)
-        found.append(max(1, -(-high // config.keys) - low // config.keys))
+        found.append(max(1, -(-high // keys) - low // keys))
     return found

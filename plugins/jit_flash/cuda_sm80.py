@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from attnbench.problem import Problem
-from attnbench_plugins.jit_flash.cuda_config import packed_heads
+from attnbench_plugins.jit_flash.cuda_config import key_blocks, packed_heads
 
 COPIES = (16, 8, 4, 2)
 """Bytes that one copy may have."""
@@ -126,71 +127,61 @@ def _blocks_an_sm(config: Config, dims: tuple[int, int], gpu: Gpu) -> int:
     return gpu.sm_bytes // (config.shared_bytes(*dims) + RESERVED_BYTES)
 
 
+def candidates(problem: Problem, gpu: Gpu) -> Iterator[Config]:
+    """Those of `configs`, and each with all numbers of parts that have keys enough and whose blocks run at once.
+
+    Two on an SM at most, of all tiles.
+    """
+    for config in configs(problem, gpu):
+        yield config
+        room = gpu.sms * min(
+            2, _blocks_an_sm(config, (problem.head_dim, problem.head_dim_v), gpu), WARPS * 32 // config.threads
+        )
+        most = min(
+            MAX_PARTS,
+            room // units(problem, config),
+            max(key_blocks(problem, config.rows, config.keys)) // LEAST_KEY_BLOCKS,
+        )
+        for parts in range(2, most + 1):
+            yield dataclasses.replace(config, parts=parts)
+
+
 def choose(problem: Problem, gpu: Gpu) -> Config:
-    """The largest tiles of which there is one for each SM, else the smallest; or, where `predicted_cycles` are fewer,
-    tiles of any size whose keys are split between blocks.
+    """The fastest by `predicted_us`."""
+    return min(candidates(problem, gpu), key=lambda config: predicted_us(problem, config, gpu))
 
-    Of two sizes of which there are as many tiles, as one tile has all there is, the smaller.
+
+START_US, CYCLES_A_US = 2.6, 1755.0
+"""A launch, and what comes before the first key block and after the last."""
+MULTIPLY_ADDS_A_CYCLE = 1010.0
+"""Of an SM."""
+WARP_CYCLES, BLOCK_CYCLES = 0.178, 800.0
+"""What a key block takes a warp for each of its keys and columns, and its SM besides the products."""
+MEET_CYCLES, PART_BYTES_A_CYCLE = 1240.0, 27.0
+"""For adding up parts: to write, to count and to wait for the first; what one SM reads of them."""
+
+
+def predicted_us(problem: Problem, config: Config, gpu: Gpu) -> float:
+    """What a model expects of a configuration: what its key blocks take the SM that has the most of them, and adding up
+    a tile's parts.
+
+    A warp waits for what it reads of each key, however many rows it has; the tensor cores are shared by the blocks of
+    an SM. What comes from memory is left out: all configurations wait for it alike.
     """
-    found = list(configs(problem, gpu))
-    counts = [units(problem, config) for config in found]
-    whole = found[-1]
-    for config, count, after in zip(found, counts, [*counts[1:], None]):
-        if count >= gpu.sms and count != after:
-            whole = config
-            break
-    every = (whole, *(split for config in reversed(found) for split in _splits(problem, config, gpu)))
-    return min(every, key=lambda config: predicted_cycles(problem, config, gpu))
-
-
-def _splits(problem: Problem, config: Config, gpu: Gpu) -> Iterator[Config]:
-    """All numbers of parts whose blocks, of all tiles, run at once, two on an SM at most, and have keys enough."""
-    room = gpu.sms * min(
-        2, _blocks_an_sm(config, (problem.head_dim, problem.head_dim_v), gpu), WARPS * 32 // config.threads
-    )
-    most = min(MAX_PARTS, room // units(problem, config), _key_blocks(problem, config) // LEAST_KEY_BLOCKS)
-    for parts in range(2, most + 1):
-        yield dataclasses.replace(config, parts=parts)
-
-
-MULTIPLY_ADDS_A_CYCLE = 870.0
-"""Of an SM: 391 TFLOP/s on an H100, of 4 × 16 heads of 4096 and 128 columns."""
-LATENCY_CYCLES = 700.0
-"""What a key block takes a block of threads besides its products: one head of 128 queries and 8192 keys, in tiles of 16
-rows, took an H100 73 µs, 1000 cycles a key block."""
-LOAD_BYTES_A_CYCLE = 32.0
-"""Of an SM, where all read from L2: guessed from the 5.6 TB/s of an H100 (25 bytes) and what an A100 has (47)."""
-MEET_CYCLES, PART_BYTES_A_CYCLE = 3500.0, 64.0
-"""For adding up parts, both guessed: 2 µs to write, to count and to wait for the first; what one SM reads of them."""
-
-
-def predicted_cycles(problem: Problem, config: Config, gpu: Gpu) -> float:
-    """What the key blocks take the SM that has the most of them, and adding up a tile's parts after that.
-
-    Made to weigh splits, and only that. A block waits for each of its key blocks (`LATENCY_CYCLES`), blocks of one SM
-    wait side by side, and its tensor cores and what it reads are shared by them.
-    """
-    dims = problem.head_dim + problem.head_dim_v
-    blocks = -(-_key_blocks(problem, config) // config.parts)  # of a part
+    dims = rounded(problem.head_dim) + rounded(problem.head_dim_v)
+    tile_blocks = key_blocks(problem, config.rows, config.keys)
     on_an_sm = -(-units(problem, config) * config.parts // gpu.sms)
+    # Of a part: where an SM has several, the longest of them do not come together.
+    blocks = math.ceil((max(tile_blocks) if on_an_sm == 1 else statistics.fmean(tile_blocks)) / config.parts)
     products = config.rows * config.keys * dims / MULTIPLY_ADDS_A_CYCLE
-    load = config.keys * dims * 2 / LOAD_BYTES_A_CYCLE
-    cycles = blocks * max(LATENCY_CYCLES + products, on_an_sm * max(products, load))
+    alone = config.keys // config.key_warps * dims * WARP_CYCLES
+    cycles = blocks * max(alone, on_an_sm * (BLOCK_CYCLES + products))
     if config.parts > 1:
         heads = packed_heads(problem, config.rows)
         rows = min(config.rows // heads, problem.seqlen_q) * heads  # that hold a query
         row_bytes = config.part_bytes(problem.head_dim_v) / config.rows
         cycles += MEET_CYCLES + config.parts * rows * row_bytes / PART_BYTES_A_CYCLE
-    return cycles
-
-
-def _key_blocks(problem: Problem, config: Config) -> int:
-    """That the tile with the most of them sees."""
-    seen = problem.seqlen_k
-    if problem.window is not None:
-        queries = config.rows // packed_heads(problem, config.rows)
-        seen = min(seen, queries - 1 + problem.window * (1 if problem.causal else 2))
-    return -(-seen // config.keys)
+    return START_US + cycles / CYCLES_A_US
 
 
 def copy_bytes(places: Iterable[int]) -> int:
