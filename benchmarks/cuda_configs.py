@@ -205,10 +205,8 @@ def main() -> int:
         write(options.time, timed(kernel, [case.resolve("cuda") for case in cases]))
         found = list(tables(kernel, read(kernel, options.time)))
     else:
-        names = [options.kernel] if options.kernel else kernels()
-        found = [
-            table for name in names for table in tables(kernels()[name], read(kernels()[name], kernels()[name].data))
-        ]
+        chosen = [kernel for name, kernel in kernels().items() if options.kernel in (None, name)]
+        found = [table for kernel in chosen for table in tables(kernel, read(kernel, kernel.data))]
     print(*found, sep="\n\n")
     return 1 if sum(table.missed for table in found) else 0
 
